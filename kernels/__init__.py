@@ -1,0 +1,1 @@
+"""Triton kernels, installed and imported as ``smoothk.kernels``."""

@@ -1,0 +1,188 @@
+"""What can run here, why the rest cannot, and the one function that chooses.
+
+Backends: ``torch`` (plain PyTorch, always there), ``cpp`` (the extension ``smoothk._C``), ``triton`` and ``cuda``.
+Nothing is loaded before it is first asked for, and no environment variable is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMES = ("torch", "cpp", "triton", "cuda")
+
+# Backends that implement each op, fastest first.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "difference_penalty": ("cpp", "torch"),
+    "nuclear_norm": ("torch",),
+    "low_rank_conv": ("torch",),
+}
+
+CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_lock = threading.RLock()
+_missing: dict[str, str | None] = {"torch": None}  # backend -> why it is missing, None where it is there
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend asked for by name cannot run this call; the message says why."""
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why the backend ``name`` cannot be used on this machine, or None where it can. The first call loads it."""
+    if name not in _missing:
+        with _lock:
+            if name not in _missing:
+                _missing[name] = _LOADERS[name]()
+    return _missing[name]
+
+
+def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor]) -> str:
+    """Name of the backend that runs ``op`` on ``tensors``.
+
+    Args:
+        op: a key of ``IMPLEMENTATIONS``.
+        backend: None for the fastest that can run all the tensors (``"torch"`` always can), or one of ``NAMES``.
+        tensors: every tensor of the call.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+        BackendUnavailable: the backend asked for by name cannot run this call.
+    """
+    if backend is None:
+        return next(name for name in IMPLEMENTATIONS[op] if _obstacle(op, name, tensors) is None)
+    if backend not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    obstacle = _obstacle(op, backend, tensors)
+    if obstacle is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run {op}: {obstacle}")
+    return backend
+
+
+def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor]) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on ``tensors``, or None where it can."""
+    if name == "torch":
+        return None
+    if name not in IMPLEMENTATIONS[op]:
+        return unavailable_reason(name) or f"it has no {op} kernel; use one of {', '.join(IMPLEMENTATIONS[op])}"
+    return _cpp_obstacle(tensors) or unavailable_reason(name)
+
+
+def _cpp_obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
+    if not tensors:
+        return "it needs at least one tensor"
+    dtype = tensors[0].dtype
+    if dtype not in CPP_DTYPES:
+        return f"it takes {', '.join(str(d).removeprefix('torch.') for d in CPP_DTYPES)}, got {dtype}"
+    for tensor in tensors:
+        # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, got {type(tensor).__name__}"
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return f"it takes dense tensors on the CPU, got a {tensor.layout} tensor on {tensor.device}"
+        if tensor.dtype != dtype:
+            return f"it takes tensors of one dtype, got {dtype} and {tensor.dtype}"
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "it does not run under torch.func transforms"
+    return None
+
+
+def _load_extension(module: str, absent: str) -> str | None:
+    """Imports a compiled module; a reason where that fails. ``absent`` is the reason for a module that is not there."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return absent
+    except ImportError as error:
+        built_for = _build_record().get("torch", "an unknown torch")
+        reason = (
+            f"{module} does not load ({error}); it was built for {built_for} and this is torch {torch.__version__}: "
+            "build smoothk again"
+        )
+        warnings.warn(reason, RuntimeWarning, stacklevel=4)
+        return reason
+    return None
+
+
+def _load_cpp() -> str | None:
+    record = _build_record()
+    absent = f"the C++ extension is not built ({record.get('reason', 'this is an unbuilt checkout')})"
+    reason = _load_extension("smoothk._C", absent)
+    if reason is None:
+        importlib.import_module("smoothk.cpp_ops")
+    return reason
+
+
+def _load_cuda() -> str | None:
+    return "this version of smoothk has no CUDA kernels"
+
+
+def _load_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton does not import ({error})"
+    return None if torch.cuda.is_available() else "Triton is installed, but there is no CUDA device"
+
+
+_LOADERS = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}
+
+
+def _build_record() -> dict[str, Any]:
+    """What setup.py wrote about the last build: mode, torch version, and why nothing was compiled."""
+    try:
+        return json.loads((Path(__file__).parent / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+class Info(dict):
+    """Plain dict of versions and backends whose ``str()`` is a table."""
+
+    def __str__(self) -> str:
+        rows = []
+        for key, value in self.items():
+            if isinstance(value, dict):
+                rows += [(f"{key}.{name}", entry) for name, entry in value.items()]
+            else:
+                rows.append((key, value))
+        width = max(len(key) for key, _ in rows)
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def info() -> Info:
+    """Versions, threads, how the extension was built, and each backend: ``"available"`` or why not.
+
+    The result is a dict that ``json.dumps`` takes; ``print(smoothk.info())`` shows it as a table.
+    """
+    from . import __version__
+
+    backends = {name: unavailable_reason(name) or "available" for name in NAMES}
+    extension = importlib.import_module("smoothk._C").build_info() if _missing["cpp"] is None else {}
+    return Info(
+        smoothk=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda or "none",
+        triton=_version("triton"),
+        threads=torch.get_num_threads(),
+        backends=backends,
+        extension=extension,
+    )
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

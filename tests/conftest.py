@@ -1,0 +1,47 @@
+"""The one tolerance table and the fixtures of every test."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+# dtype: (rtol, atol, rel_l2), all against a float64 reference. atol is relative to the largest expected entry.
+TOLERANCES: dict[torch.dtype, tuple[float, float, float]] = {
+    torch.float64: (1e-12, 1e-12, 1e-12),
+    torch.float32: (1e-6, 1e-6, 1e-6),
+    torch.bfloat16: (8e-3, 8e-3, 8e-3),
+    torch.float16: (1e-3, 1e-3, 1e-3),
+}
+
+
+def assert_close_rel(actual: torch.Tensor, expected: torch.Tensor | np.ndarray | float, dtype: torch.dtype) -> None:
+    """Compare with a float64 reference, elementwise and in the relative L2 norm, within ``TOLERANCES[dtype]``.
+
+    ``dtype`` is that of the computation's inputs, which may differ from ``actual.dtype``. NaN and Inf must agree.
+    """
+    rtol, atol, rel_l2 = TOLERANCES[dtype]
+    actual = actual.detach().to("cpu", torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu()
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    finite = expected[expected.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol * largest, equal_nan=True)
+    error = (actual - expected)[expected.isfinite()].norm().item()
+    norm = finite.norm().item()
+    assert error <= rel_l2 * norm, f"relative L2 error {error / norm if norm else error:.3g}, allowed {rel_l2:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds_and_threads() -> Iterator[None]:
+    """Every test starts from the same random state with two threads."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
