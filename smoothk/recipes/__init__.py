@@ -1,0 +1,1 @@
+"""The experiments: data sets, named architectures and training."""

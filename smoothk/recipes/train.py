@@ -1,0 +1,556 @@
+"""Training with smoothness penalties: SGD, reproducible to the bit, and safe to kill at any moment.
+
+A run is a function of its configuration. The learning rate and the penalty's scale are computed from the step, the order
+of the images, their crops and flips from the seed and the epoch, so that a checkpoint needs the model, the momentum
+buffers and the random state of the model's own layers, nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smoothk.checkpoint import CheckpointError, atomic_write
+from smoothk.recipes import data, models
+
+SCHEDULES = ("one-cycle", "cosine")
+PRECISIONS = ("fp32", "bf16")
+MAGIC = b"smoothk run 1\n"
+# Where a run lives and how often it is saved do not change what it computes.
+FREE_FIELDS = frozenset({"data_dir", "out_dir", "checkpoint_every"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a run, and where its files go.
+
+    Attributes:
+        data: name of the data set, see `smoothk.recipes.data.load`.
+        data_dir: its directory.
+        image_size: side in pixels to which the images of the data set "folder" are resized.
+        validation: share of the training images held out and used in place of the test images; 0 uses the test images.
+        arch: named architecture, see `smoothk.recipes.models.build`.
+        model: `"package.module:factory"` to call in place of `arch`, with `num_classes` and `in_channels`.
+        width, stem_stride: width factor and stride of the stem of a named architecture.
+        epochs: passes over the training images.
+        batch_size: images in a step.
+        lr: highest learning rate.
+        momentum: Nesterov momentum; 0 is plain SGD.
+        weight_decay: of weights with two or more axes; norms and biases are left alone.
+        label_smoothing: in [0, 1).
+        augment: random crop and flip as suits the data set.
+        schedule: "one-cycle" (half a cosine from lr / 25 up to lr and another down to lr / 250,000) or "cosine" (a line
+            from 0 up to lr, half a cosine down to 0).
+        warmup: share of the steps in which the learning rate rises.
+        first_order, second_order, nuclear, norm, normalized, unfolding: of `smoothk.SmoothnessPenalty`.
+        penalty_warmup: epochs in which the penalty's scale rises from 0 to 1 in a line.
+        precision: "fp32" or "bf16" (autocast).
+        channels_last: memory format of images and convolution weights.
+        seed: of the initial weights, the order of the images, crops and flips.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        device: "cpu", "cuda" or "cuda:N".
+        checkpoint_every: epochs between checkpoints; one is always written after the last.
+        out_dir: directory for config.json, checkpoint.pt, history.json and model.safetensors; None writes nothing.
+    """
+
+    data: str = "digits"
+    data_dir: str | None = None
+    image_size: int = 32
+    validation: float = 0.0
+    arch: str = "digits_net"
+    model: str | None = None
+    width: float = 1.0
+    stem_stride: int = 1
+    epochs: int = 8
+    batch_size: int = 256
+    lr: float = 0.4
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    augment: bool = True
+    schedule: str = "one-cycle"
+    warmup: float = 0.3
+    first_order: float = 0.0
+    second_order: float = 0.0
+    nuclear: float = 0.0
+    norm: str = "l2"
+    normalized: bool = False
+    unfolding: str = "channel"
+    penalty_warmup: float = 0.0
+    precision: str = "fp32"
+    channels_last: bool = True
+    seed: int = 0
+    threads: int = 0
+    device: str = "cpu"
+    checkpoint_every: int = 1
+    out_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_type(item.name, item.type, getattr(self, item.name))
+        _check_choice("data", self.data, data.NAMES)
+        if self.model is None:
+            _check_choice("arch", self.arch, models.ARCHITECTURES)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("norm", self.norm, ("l2", "l1", "l21", "huber"))
+        _check_choice("unfolding", self.unfolding, ("channel", "spatial"))
+        for name in ("epochs", "batch_size", "checkpoint_every", "stem_stride", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "width"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        for name in ("weight_decay", "first_order", "second_order", "nuclear", "penalty_warmup", "threads", "seed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
+        for name in ("momentum", "label_smoothing", "validation", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """The configuration from the values of `to_json`.
+
+        Raises:
+            ValueError: an unknown field, or a value out of its range.
+            TypeError: a value of the wrong type.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _check_type(name: str, annotation: Any, value: Any) -> None:
+    """Check a value against the annotation of its field; an int may stand for a float."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "bool": (bool,),
+        "int": (int,),
+        "float": (float, int),
+        "str | None": (str, type(None)),
+    }
+    is_misplaced_bool = isinstance(value, bool) and annotation != "bool"
+    if is_misplaced_bool or not isinstance(value, kinds[annotation]):
+        raise TypeError(f"{name} must be {annotation}, got {type(value).__name__}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        model: the trained network, in eval mode.
+        config: its configuration.
+        dataset: the images it was trained and tested on.
+        history: one record per epoch: epoch, lr, loss (without penalty), penalty (scaled), train_accuracy (%, on the
+            augmented images, while training), test_accuracy (%), seconds (training only).
+    """
+
+    model: nn.Module
+    config: TrainConfig
+    dataset: data.DataSet
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def test_accuracy(self) -> float:
+        """Accuracy in % after the last epoch."""
+        return self.history[-1]["test_accuracy"]
+
+
+def build_model(config: TrainConfig, num_classes: int, in_channels: int) -> nn.Module:
+    """Build the untrained network of a configuration."""
+    if config.model is not None:
+        return models.from_factory(config.model, num_classes=num_classes, in_channels=in_channels)
+    return models.build(config.arch, num_classes, in_channels, config.width, config.stem_stride)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step in [0, total_steps).
+
+    "one-cycle" has the shape of `torch.optim.lr_scheduler.OneCycleLR` (Smith and Topin 2019, arXiv 1708.07120) with a
+    constant momentum.
+    """
+    rise = config.warmup * total_steps
+    done = (step - rise) / max(total_steps - 1 - rise, 1)
+    if config.schedule == "cosine":
+        if step < rise:
+            return config.lr * (step + 1) / rise
+        return config.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    low, high, end = config.lr / 25, config.lr, config.lr / 250_000
+    if step < rise:
+        return low + (high - low) * (1 - math.cos(math.pi * step / rise)) / 2
+    return end + (high - end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int = 500,
+    *,
+    normalization: data.Normalization,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> float:
+    """Top-1 accuracy in % of a model in eval mode; the model's mode is restored.
+
+    Args:
+        model: maps float32 [B, C, H, W] to logits [B, classes].
+        images: uint8 [N, C, H, W] on the model's device.
+        labels: int64 [N].
+        batch_size: images in a forward pass.
+        normalization: statistics of the training images.
+        precision: "fp32" or "bf16" (autocast).
+        channels_last: memory format of the images.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    try:
+        with torch.inference_mode(), _autocast(images.device, precision):
+            for x, y in data.batches(
+                images, labels, batch_size, normalization=normalization, channels_last=channels_last
+            ):
+                correct += (model(x).argmax(1) == y).sum()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return 100 * correct.item() / len(images)
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, progress: bool = True, download: bool = False
+) -> TrainResult:
+    """Train a network; the caller's random state and thread count are left as they were.
+
+    Args:
+        config: what to train. On a CPU the same configuration gives the same bits, resumed or not.
+        resume: go on from the checkpoint in `config.out_dir`; start afresh if there is none yet.
+        progress: one line per epoch on stderr, and a bar within it where that is a terminal and tqdm is installed.
+        download: fetch the data set if it is not there.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+        CheckpointError: the checkpoint is damaged.
+        ValueError: `out_dir` holds a run and `resume` is False, or it holds a run of another configuration.
+        FloatingPointError: the loss is no longer finite.
+    """
+    out_dir = Path(config.out_dir) if config.out_dir is not None else None
+    if resume and out_dir is None:
+        raise ValueError("out_dir must be given to resume a run")
+    if out_dir is not None and not resume and (out_dir / "checkpoint.pt").exists():
+        raise ValueError(f"{out_dir} already holds a run: resume it (--resume) or choose another out_dir")
+    dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
+    if config.validation > 0:
+        dataset = data.split(dataset, config.validation)
+    device = torch.device(config.device)
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices), _threads(config.threads):
+        torch.manual_seed(config.seed)
+        run = _Run(config, dataset, device)
+        if out_dir is not None:
+            if resume and (out_dir / "checkpoint.pt").exists():
+                run.load(out_dir / "checkpoint.pt")
+            out_dir.mkdir(parents=True, exist_ok=True)
+            atomic_write(out_dir / "config.json", _json_bytes(run.description()))
+        while len(run.history) < config.epochs:
+            run.epoch(progress)
+            epoch = len(run.history)
+            if out_dir is not None and (epoch % config.checkpoint_every == 0 or epoch == config.epochs):
+                run.save(out_dir / "checkpoint.pt")
+                atomic_write(out_dir / "history.json", _json_bytes(run.history))
+        model = run.model.eval()
+        if out_dir is not None:
+            import smoothk
+
+            atomic_write(out_dir / "history.json", _json_bytes(run.history))
+            smoothk.save(model, out_dir / "model.safetensors")
+    return TrainResult(model, config, dataset, run.history)
+
+
+class _Run:
+    """The state of a run between two epochs."""
+
+    def __init__(self, config: TrainConfig, dataset: data.DataSet, device: torch.device) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.device = device
+        model = build_model(config, dataset.num_classes, dataset.in_channels).to(device)
+        self.model = model.to(memory_format=torch.channels_last) if config.channels_last else model
+        decayed = [p for p in self.model.parameters() if p.ndim > 1 and p.requires_grad]
+        others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+        )
+        self.penalty = _penalty(config, self.model)
+        self.images = dataset.train_images.to(device)
+        self.labels = dataset.train_labels.to(device)
+        self.steps_per_epoch = max(len(self.images) // config.batch_size, 1)
+        self.history: list[dict[str, float]] = []
+
+    def epoch(self, progress: bool) -> None:
+        """Train for one epoch, test, and append to the history."""
+        config = self.config
+        epoch = len(self.history)
+        started = time.perf_counter()
+        loss_sum, penalty_sum = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2))
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        seen = 0
+        self.model.train()
+        for index, (x, y) in enumerate(_bar(self._batches(epoch), self.steps_per_epoch, epoch, config, progress)):
+            step = epoch * self.steps_per_epoch + index
+            loss, penalty, hits = self._step(x, y, step)
+            loss_sum += loss * len(y)
+            penalty_sum += penalty
+            correct += hits
+            seen += len(y)
+        seconds = time.perf_counter() - started
+        loss, penalty = loss_sum.item() / seen, penalty_sum.item() / self.steps_per_epoch
+        if not math.isfinite(loss + penalty):
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch + 1} (loss {loss}, penalty {penalty}): "
+                f"lower lr ({config.lr:g}) or the penalty's coefficients"
+            )
+        test_accuracy = evaluate(
+            self.model,
+            self.dataset.test_images.to(self.device),
+            self.dataset.test_labels.to(self.device),
+            normalization=self.dataset.normalization,
+            channels_last=config.channels_last,
+        )
+        record = {
+            "epoch": epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "penalty": penalty,
+            "train_accuracy": 100 * correct.item() / seen,
+            "test_accuracy": test_accuracy,
+            "seconds": seconds,
+        }
+        self.history.append(record)
+        if progress:
+            _report(record, self.history, config.epochs)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # One generator per epoch: epoch n needs no state of epoch n - 1.
+        digest = hashlib.sha256(f"{self.config.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return data.batches(
+            self.images,
+            self.labels,
+            self.config.batch_size,
+            normalization=self.dataset.normalization,
+            generator=generator,
+            augmentation=self.dataset.augmentation if self.config.augment else None,
+            channels_last=self.config.channels_last,
+        )
+
+    def _step(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step; returns the loss, the scaled penalty and the number of right answers, as 0-dim tensors."""
+        config = self.config
+        lr = learning_rate(config, step, config.epochs * self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        with _autocast(self.device, config.precision):
+            logits = self.model(x).float()
+            loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+        loss.backward()
+        penalty = torch.zeros((), device=self.device)
+        if self.penalty is not None:
+            rise = config.penalty_warmup * self.steps_per_epoch
+            self.penalty.scale = min((step + 1) / rise, 1.0) if rise > 0 else 1.0
+            penalty = self.penalty.accumulate_grad()
+        self.optimizer.step()
+        return loss.detach(), penalty, (logits.detach().argmax(1) == y).sum()
+
+    def description(self) -> dict[str, Any]:
+        """What config.json holds: enough to build the model again without the data."""
+        return {
+            "config": self.config.to_json(),
+            "num_classes": self.dataset.num_classes,
+            "in_channels": self.dataset.in_channels,
+            "classes": list(self.dataset.classes),
+            "data": self.dataset.provenance,
+            "torch": str(torch.__version__),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the state of the run in one atomic step."""
+        state = {
+            "config": self.config.to_json(),
+            "data": self.dataset.provenance,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "history": self.history,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        atomic_write(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+    def load(self, path: Path) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            ValueError: it belongs to a run of another configuration, or the images have changed since.
+        """
+        state = read_state(path)
+        saved, ours = state["config"], self.config.to_json()
+        for name in ours:
+            if name not in FREE_FIELDS and saved.get(name) != ours[name]:
+                raise ValueError(
+                    f"{path} belongs to a run with {name}={saved.get(name)!r}, the configuration has {ours[name]!r}"
+                )
+        if state["data"] != self.dataset.provenance:
+            raise ValueError(f"{path} belongs to a run on other images than those that data={self.config.data!r} has now")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: does not fit the model of its configuration: {error}") from error
+        torch.set_rng_state(state["cpu_rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.history = state["history"]
+
+
+def _penalty(config: TrainConfig, model: nn.Module) -> Any:
+    """The penalty of a configuration, or None if every coefficient is 0."""
+    if not (config.first_order or config.second_order or config.nuclear):
+        return None
+    from smoothk.penalties import SmoothnessPenalty
+
+    return SmoothnessPenalty(
+        model,
+        first_order=config.first_order,
+        second_order=config.second_order,
+        nuclear=config.nuclear,
+        norm=config.norm,
+        normalized=config.normalized,
+        unfolding=config.unfolding,
+    )
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of a run: tensors and plain containers, checked against their SHA-256 before they are parsed.
+
+    Raises:
+        CheckpointError: the file is truncated, changed, or no checkpoint of a run.
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    header = len(MAGIC) + hashlib.sha256().digest_size
+    if not content.startswith(MAGIC) or len(content) < header:
+        raise CheckpointError(f"{path}: not a smoothk run checkpoint, or cut off in its header ({len(content)} bytes)")
+    payload = memoryview(content)[header:]
+    if hashlib.sha256(payload).digest() != content[len(MAGIC) : header]:
+        raise CheckpointError(f"{path}: its {len(payload)} bytes do not match their SHA-256; it is truncated or changed")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    wanted = {"config", "data", "model", "optimizer", "cpu_rng", "cuda_rng", "history"}
+    if not isinstance(state, dict) or set(state) != wanted:
+        raise CheckpointError(f"{path}: expected the entries {', '.join(sorted(wanted))}")
+    return state
+
+
+def load_run(out_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
+    """The trained model of a finished run, in eval mode, and its configuration.
+
+    Raises:
+        CheckpointError: the files are missing or damaged.
+    """
+    import smoothk
+
+    out_dir = Path(out_dir)
+    path = out_dir / "config.json"
+    try:
+        description = json.loads(path.read_text())
+        config = TrainConfig.from_json(description["config"])
+        num_classes, in_channels = description["num_classes"], description["in_channels"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; {out_dir} holds no run") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a run: {error}") from error
+    if not (out_dir / "model.safetensors").is_file():
+        raise CheckpointError(f"{out_dir}: the run is not finished: no model.safetensors; resume it first")
+    model = smoothk.load(build_model(config, num_classes, in_channels), out_dir / "model.safetensors")
+    return model.eval(), config
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bar(
+    batches: Iterator[tuple[Tensor, Tensor]], total: int, epoch: int, config: TrainConfig, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Show a bar on a terminal if tqdm is there to draw it."""
+    if not (progress and sys.stderr.isatty()):
+        return batches
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    return iter(tqdm(batches, f"epoch {epoch + 1}/{config.epochs}", total, leave=False, unit="step"))
+
+
+def _report(record: dict[str, float], history: list[dict[str, float]], epochs: int) -> None:
+    remaining = (epochs - len(history)) * record["seconds"]
+    print(
+        f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, penalty {record['penalty']:.4g}, "
+        f"train {record['train_accuracy']:.2f} %, test {record['test_accuracy']:.2f} %, {record['seconds']:.1f} s, "
+        f"{remaining:.0f} s left",
+        file=sys.stderr,
+        flush=True,
+    )
