@@ -17,8 +17,29 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "csrc").is
 del _checkout, Path
 
 from .backend import BackendUnavailable, info  # noqa: E402
+from .checkpoint import CheckpointError  # noqa: E402
+from .functional import (  # noqa: E402
+    difference_penalty,
+    low_rank_conv1d,
+    low_rank_conv2d,
+    low_rank_conv3d,
+    nuclear_norm,
+)
+from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
+from .penalties import SmoothnessPenalty  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",
+    "CheckpointError",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankLinear",
+    "SmoothnessPenalty",
+    "difference_penalty",
     "info",
+    "low_rank_conv1d",
+    "low_rank_conv2d",
+    "low_rank_conv3d",
+    "nuclear_norm",
 ]

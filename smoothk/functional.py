@@ -1,0 +1,376 @@
+"""The ops as functions: check the arguments, choose a backend, run.
+
+Every function takes ``backend=None`` (the fastest that can run these tensors) or a backend by name; one that cannot run
+raises `smoothk.BackendUnavailable`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from . import reference
+from .unfolding import check_unfolding
+
+NORMS = ("l2", "l1", "l21", "huber")
+
+
+def _as_list(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    tensors = [weights] if isinstance(weights, Tensor) else list(weights)
+    for i, weight in enumerate(tensors):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights[{i}] must be a tensor, got {type(weight).__name__}")
+        if not weight.is_floating_point():
+            raise TypeError(f"weights[{i}] must have a real floating-point dtype, got {weight.dtype}")
+        if weight.layout != torch.strided:
+            raise TypeError(f"weights[{i}] must be a dense (strided) tensor, got layout {weight.layout}")
+    return tensors
+
+
+def check_dim(dim: int | Sequence[int]) -> tuple[int, ...]:
+    """``dim`` as a tuple of distinct integers."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    if not dims or any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
+        raise TypeError(f"dim must be an int or a non-empty tuple of ints, got {dim!r}")
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"dim must not name an axis twice, got {dim!r}")
+    return dims
+
+
+def check_difference_options(order: int, norm: str, eps: float) -> None:
+    """Raise unless these describe a difference penalty."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be a positive finite number, got {eps!r}")
+
+
+def check_nuclear_options(unfolding: str, method: str) -> None:
+    """Raise unless these describe a nuclear norm."""
+    check_unfolding(unfolding)
+    if method not in reference.NUCLEAR_METHODS:
+        names = ", ".join(map(repr, reference.NUCLEAR_METHODS))
+        raise ValueError(f"method must be one of {names}, got {method!r}")
+
+
+def _by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of ``tensors`` in groups of one device and dtype, in order of first appearance."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(groups.values())
+
+
+def _sum_over_kinds(tensors: Sequence[Tensor], value_of: Callable[[list[int]], Tensor]) -> Tensor:
+    """Sum of ``value_of(indices)`` over the groups of `_by_kind`, on the first tensor's device."""
+    device = tensors[0].device if tensors else None
+    total = torch.zeros((), dtype=reference.result_dtype(tensors), device=device)
+    for indices in _by_kind(tensors):
+        total = total + value_of(indices).to(device=total.device, dtype=total.dtype)
+    return total
+
+
+def difference_penalty(
+    weights: Tensor | Sequence[Tensor],
+    order: int = 1,
+    *,
+    dim: int | Sequence[int] = 0,
+    norm: str = "l2",
+    normalized: bool = False,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    """Penalty on the first or second finite differences of weights along their axes.
+
+    With ``d[i] = W[i+1] - W[i]`` (order 1) or ``W[i+2] - 2 W[i+1] + W[i]`` (order 2) along an axis, the penalty is the
+    sum over tensors and axes of
+
+    - ``norm="l2"``: ``Σ d²``
+    - ``norm="l1"``: ``Σ |d|`` (anisotropic total variation; subgradient 0 at 0)
+    - ``norm="l21"``: ``Σ_i sqrt(Σ d[i]² + eps)``, one group per difference along the axis
+    - ``norm="huber"``: ``Σ huber(d)`` with ``delta=1`` (`torch.nn.functional.huber_loss`)
+
+    Rows are output channels for the default ``dim=0``. Source: the derivative penalties of Runkel et al., "Smooth Model
+    Compression without Fine-Tuning" (arXiv 2505.24469); norm, boundary and scaling are not given there, the defaults
+    are our reading.
+
+    Args:
+        weights: a tensor or a sequence of tensors of any shape, strides, device and floating dtype. Half precision is
+            computed in float32. A tensor with at most ``order`` entries along an axis adds 0 for that axis.
+        order: 1 or 2.
+        dim: axis, or axes to sum over, of each tensor's own axes; an axis that a tensor lacks adds 0.
+        norm: one of ``"l2"``, ``"l1"``, ``"l21"``, ``"huber"``.
+        normalized: divide each tensor's penalty by ``‖W‖_F²`` (l2) or ``‖W‖_F`` (others), which makes it blind to the
+            scale of the tensor (not for huber, which is not homogeneous). The gradient goes through the scale; a zero
+            tensor adds 0 with gradient 0.
+        eps: smoothing of ``"l21"``, in squared weight units.
+        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        0-dim tensor on the first weight's device, float32, or float64 if any weight is. Zero for an empty sequence.
+
+    Raises:
+        TypeError: a weight is not a dense real floating-point tensor; dim is not made of ints.
+        ValueError: unknown order or norm, non-positive eps, an axis named twice.
+        BackendUnavailable: the backend asked for by name cannot run these tensors.
+    """
+    tensors = _as_list(weights)
+    dims = check_dim(dim)
+    check_difference_options(order, norm, eps)
+
+    def value_of(indices: list[int]) -> Tensor:
+        group = [tensors[i] for i in indices]
+        if _backend.choose("difference_penalty", backend, group) == "cpp":
+            return torch.ops.smoothk.difference_penalty(group, order, dims, norm, normalized, eps)
+        return reference.difference_penalty(group, order, dim=dims, norm=norm, normalized=normalized, eps=eps)
+
+    if not tensors:  # a backend asked for by name must be there even if it has nothing to do
+        _backend.choose("difference_penalty", backend, tensors)
+    return _sum_over_kinds(tensors, value_of)
+
+
+def accumulate_difference_penalty(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    coefficient: float,
+    order: int,
+    *,
+    dim: tuple[int, ...],
+    norm: str,
+    normalized: bool,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    """Add ``coefficient`` times the penalty's gradient into ``grads`` in place, without autograd.
+
+    ``grads[i]`` has the shape and device of ``weights[i]``. Arguments are taken as checked. Returns the value without
+    the coefficient, a 0-dim tensor as from `difference_penalty`.
+    """
+
+    def value_of(indices: list[int]) -> Tensor:
+        ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
+        chosen = _backend.choose("difference_penalty", backend, [*ws, *gs])
+        if chosen == "cpp" and all(_alike(w, g) for w, g in zip(ws, gs, strict=True)):
+            return torch.ops.smoothk.difference_penalty_accumulate_(
+                gs, ws, coefficient, order, dim, norm, normalized, eps
+            )
+        if chosen == "cpp" and backend == "cpp":
+            raise _backend.BackendUnavailable("backend 'cpp' needs .grad of the dtype and strides of its weight")
+        return sum(_accumulate_one(w, g) for w, g in zip(ws, gs, strict=True))
+
+    def _accumulate_one(weight: Tensor, grad: Tensor) -> Tensor:
+        with torch.enable_grad():
+            weight.requires_grad_()
+            value = reference.difference_penalty([weight], order, dim=dim, norm=norm, normalized=normalized, eps=eps)
+        if value.requires_grad:  # a tensor too short for the order has no gradient
+            grad.add_(torch.autograd.grad(value, weight)[0], alpha=coefficient)
+        return value.detach()
+
+    return _sum_over_kinds(weights, value_of)
+
+
+def _alike(weight: Tensor, grad: Tensor) -> bool:
+    return weight.dtype == grad.dtype and weight.stride() == grad.stride()
+
+
+def nuclear_norm(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    unfolding: str = "channel",
+    method: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    """Nuclear norm (sum of singular values) of weights seen as matrices.
+
+    The gradient is the subgradient ``U Vᵀ`` over the singular values above rounding (``max(rows, columns) * eps *
+    σ_max``) and 0 in the other directions; U and V are never differentiated, so repeated and zero singular values give
+    finite gradients. Second derivatives are an error. Source: Runkel et al., arXiv 2505.24469 (nuclear norm of the
+    flattened weight); the spatial unfolding is ours, after Jaderberg et al., arXiv 1405.3866.
+
+    Args:
+        weights: a tensor ``[C_out, C_in/groups, *kernel]`` or ``[C_out, C_in]``, or a sequence of them, of any device
+            and floating dtype. Half precision is computed in float32. A vector counts as one row.
+        unfolding: ``"channel"`` for ``[C_out, C_in·k_h·k_w]``, ``"spatial"`` for ``[C_out·k_w, C_in·k_h]`` (2-d
+            kernels; the same as ``"channel"`` for all others).
+        method: ``"svd"``; ``"gram"``, eigenvectors of the Gram matrix in float64 (as exact as float32 weights allow);
+            ``"polar"``, a Newton-Schulz polar factor, which leaves singular values below about 1e-3 of the largest
+            unresolved; ``"auto"``, the fastest with a value error of at most 1e-3 and a gradient error of at most 1e-2
+            on any spectrum.
+        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        0-dim tensor on the first weight's device, float32, or float64 if any weight is. Zero for an empty sequence.
+
+    Raises:
+        TypeError: a weight is not a dense real floating-point tensor.
+        ValueError: unknown unfolding or method.
+        BackendUnavailable: the backend asked for by name cannot run these tensors.
+    """
+    tensors = _as_list(weights)
+    check_nuclear_options(unfolding, method)
+    _backend.choose("nuclear_norm", backend, tensors)
+    with _no_autocast(tensors):
+        return reference.nuclear_norm([_at_least_2d(w) for w in tensors], unfolding=unfolding, method=method)
+
+
+def _at_least_2d(weight: Tensor) -> Tensor:
+    return weight if weight.dim() > 1 else weight.reshape(1, -1)
+
+
+def _no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
+    """Autocast would run the products inside a decomposition in half precision."""
+    return torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False)
+
+
+def _per_axis(value: int | Sequence[int], name: str, axes: int, least: int) -> tuple[int, ...]:
+    """``value`` as one integer per spatial axis."""
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if any(not isinstance(v, int) or isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or {axes} ints, got {value!r}")
+    if len(values) != axes or min(values) < least:
+        raise ValueError(f"{name} must be an int or {axes} ints, each at least {least}, got {value!r}")
+    return values
+
+
+def _scheme_of(v: Tensor, u: Tensor) -> str:
+    """The scheme that the shapes of the factors spell; where both readings hold they give the same result."""
+    axes = v.dim() - 2
+    if all(size == 1 for size in u.shape[2:]):
+        return "channel"
+    if axes == 2 and v.shape[3] == 1 and u.shape[2] == 1:
+        return "spatial"
+    raise ValueError(
+        "u must be [C_out, r, 1, ...] (channel scheme), or [C_out, r, 1, k_w] with v [groups*r, C_in/groups, k_h, 1] "
+        f"(spatial scheme), got u {list(u.shape)} and v {list(v.shape)}"
+    )
+
+
+def _low_rank_conv(
+    axes: int,
+    input: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    backend: str | None,
+) -> Tensor:
+    for name, tensor in (("v", v), ("u", u)):
+        if tensor.dim() != axes + 2:
+            raise ValueError(
+                f"{name} must have {axes + 2} dimensions for a {axes}d convolution, got {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a real floating-point dtype, got {tensor.dtype}")
+    if input.dim() not in (axes + 1, axes + 2):
+        raise ValueError(f"input must have {axes + 1} or {axes + 2} dimensions, got {list(input.shape)}")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive int, got {groups!r}")
+    if v.shape[0] != groups * u.shape[1]:
+        raise ValueError(
+            f"v must have groups*r = {groups}*{u.shape[1]} rows to match u {list(u.shape)}, got v {list(v.shape)}"
+        )
+    if u.shape[0] % groups:
+        raise ValueError(f"u must have a multiple of groups={groups} rows, got u {list(u.shape)}")
+    channels = input.shape[-axes - 1]
+    if channels != groups * v.shape[1]:
+        raise ValueError(
+            f"input must have groups*C_in/groups = {groups * v.shape[1]} channels to match v {list(v.shape)}, "
+            f"got input {list(input.shape)}"
+        )
+    if bias is not None and bias.shape != u.shape[:1]:
+        raise ValueError(f"bias must have shape [{u.shape[0]}], got {list(bias.shape)}")
+    strides = _per_axis(stride, "stride", axes, 1)
+    dilations = _per_axis(dilation, "dilation", axes, 1)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be 'same', 'valid', an int or {axes} ints, got {padding!r}")
+        if padding == "same" and max(strides) > 1:
+            raise ValueError(f"padding 'same' needs stride 1, got stride {stride!r}")
+        paddings = padding
+    else:
+        paddings = _per_axis(padding, "padding", axes, 0)
+    scheme = _scheme_of(v, u)
+    _backend.choose("low_rank_conv", backend, [t for t in (input, v, u, bias) if t is not None])
+    return reference.low_rank_conv(input, v, u, bias, strides, paddings, dilations, groups, scheme)
+
+
+def low_rank_conv1d(
+    input: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`low_rank_conv2d` in one dimension: v ``[groups·r, C_in/groups, k]``, u ``[C_out, r, 1]`` (channel scheme)."""
+    return _low_rank_conv(1, input, v, u, bias, stride, padding, dilation, groups, backend)
+
+
+def low_rank_conv2d(
+    input: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolution with a factorised weight, ``y = u * (v * x) + bias``.
+
+    The shapes of the factors give the scheme:
+
+    - channel: v ``[groups·r, C_in/groups, k_h, k_w]``, u ``[C_out, r, 1, 1]``; a k_h x k_w convolution to r channels
+      per group, then a 1x1 one. Stride, padding and dilation belong to v.
+    - spatial: v ``[groups·r, C_in/groups, k_h, 1]``, u ``[C_out, r, 1, k_w]`` (Jaderberg et al., arXiv 1405.3866); the
+      vertical part of stride, padding and dilation belongs to v, the horizontal part to u.
+
+    Args:
+        input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, the factors' dtype and device.
+        v, u: the factors, as above.
+        bias: ``[C_out]`` or None.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; ``padding`` may be ``"same"`` or
+            ``"valid"``.
+        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` (or without N), as the dense convolution with the product of the factors.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an impossible stride, padding, dilation or groups.
+        TypeError: factors that are not floating-point.
+        BackendUnavailable: the backend asked for by name cannot run these tensors.
+    """
+    return _low_rank_conv(2, input, v, u, bias, stride, padding, dilation, groups, backend)
+
+
+def low_rank_conv3d(
+    input: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`low_rank_conv2d` in three dimensions: v ``[groups·r, C_in/groups, k_d, k_h, k_w]``, u ``[C_out, r, 1, 1,
+    1]``."""
+    return _low_rank_conv(3, input, v, u, bias, stride, padding, dilation, groups, backend)
