@@ -17,7 +17,8 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "csrc").is
 del _checkout, Path
 
 from .backend import BackendUnavailable, info  # noqa: E402
-from .checkpoint import CheckpointError  # noqa: E402
+from .checkpoint import CheckpointError, load, save  # noqa: E402
+from .compress import CompressionResult, compress, factorize, recalibrate_batch_norm  # noqa: E402
 from .functional import (  # noqa: E402
     difference_penalty,
     low_rank_conv1d,
@@ -27,19 +28,28 @@ from .functional import (  # noqa: E402
 )
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
 from .penalties import SmoothnessPenalty  # noqa: E402
+from .ranks import RankPlan, plan_ranks  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
+    "CompressionResult",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
     "LowRankLinear",
+    "RankPlan",
     "SmoothnessPenalty",
+    "compress",
     "difference_penalty",
+    "factorize",
     "info",
+    "load",
     "low_rank_conv1d",
     "low_rank_conv2d",
     "low_rank_conv3d",
     "nuclear_norm",
+    "plan_ranks",
+    "recalibrate_batch_norm",
+    "save",
 ]

@@ -1,14 +1,91 @@
-"""Files: compressed models as safetensors, written atomically, read without unpickling anything."""
+"""Files: compressed models as safetensors, written atomically, read without unpickling anything.
+
+A file holds the tensors of the model's state dict and, under the metadata key ``smoothk``, a JSON object with the
+format's ``version``, the ``plan`` (each low-rank layer's shape, groups, scheme and rank), the names of ``tied``
+tensors, and a ``sha256`` over all of it: safetensors itself does not notice a changed byte.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+import math
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .compress import empty_low_rank_layer, planned_layers, replace_layers
+from .layers import _LowRank
+from .ranks import LayerPlan, RankPlan
+
+FORMAT_VERSION = 1
+_KEY = "smoothk"
 
 
 class CheckpointError(ValueError):
     """A file is truncated, altered, or of another kind or model; the message names it."""
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model, compressed or not, to a safetensors file.
+
+    The write is atomic: a crash leaves the old file or the new one. Tied parameters are written once.
+
+    Args:
+        model: any module whose state dict holds tensors only, none of them on the meta device.
+        path: the file to write or replace.
+
+    Raises:
+        TypeError: ``model`` is not a module or its state dict holds something other than tensors.
+        ValueError: a tensor is on the meta device.
+        OSError: the file cannot be written; an existing one is intact.
+    """
+    import safetensors.torch
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    tensors, tied = _unique_tensors(model)
+    header = {"version": FORMAT_VERSION, "plan": json.loads(_plan_of(model).to_json()), "tied": tied}
+    header["sha256"] = _digest(header, tensors)
+    atomic_write(path, safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)}))
+
+
+def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
+    """Read a file written by `save` into a new model.
+
+    Args:
+        model_or_factory: the dense model (which is not changed), or a function that makes it, called once; it may be
+            on the meta device.
+        path: the file.
+
+    Returns:
+        A new model with the file's low-rank layers, values and dtypes, on the devices of the given model (on the CPU
+        where that is meta), in its training modes and with its ``requires_grad`` flags.
+
+    Raises:
+        CheckpointError: the file is truncated, altered, not a smoothk file, or of another model; it is named.
+        FileNotFoundError, OSError: the file is missing or cannot be read.
+        TypeError: ``model_or_factory`` is neither a module nor gives one.
+    """
+    model = model_or_factory if isinstance(model_or_factory, nn.Module) else None
+    if model is None and not callable(model_or_factory):
+        raise TypeError(f"model_or_factory must be a module or a function, got {type(model_or_factory).__name__}")
+    plan, tensors = _read(Path(path))
+    dense = copy.deepcopy(model) if model is not None else model_or_factory()
+    if not isinstance(dense, nn.Module):
+        raise TypeError(f"model_or_factory must give a torch.nn.Module, got {type(dense).__name__}")
+    try:
+        layers = planned_layers(dense, plan)
+        small = replace_layers(dense, {n: empty_low_rank_layer(m, plan.layers[n]) for n, m in layers.items()})
+        _assign(small, tensors)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from None
+    return small
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
@@ -41,3 +118,93 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict without repeats, contiguous on the CPU, and ``{repeated name: first name}``."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"model's state dict must hold tensors only, got {type(value).__name__} for {name!r}")
+        if value.is_meta:
+            raise ValueError(f"model must hold values, but {name!r} is on the meta device")
+        if id(value) in first:
+            tied[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            # A copy of its own: safetensors refuses tensors that share memory.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors, tied
+
+
+def _plan_of(model: nn.Module) -> RankPlan:
+    """The plan that describes the low-rank layers which ``model`` has."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _LowRank):
+            shape, groups = tuple(module.weight_shape), getattr(module, "groups", 1)
+            scheme, factors = getattr(module, "scheme", "channel"), module.v.numel() + module.u.numel()
+            layers[name] = LayerPlan(shape, groups, scheme, module.rank, math.prod(shape), factors)
+    kept = sum(p.numel() for p in model.parameters())
+    before = kept + sum(layer.parameters_before - layer.parameters for layer in layers.values())
+    return RankPlan("saved", "params", kept / max(before, 1), before, kept, layers=layers)
+
+
+def _digest(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header (its own digest left out) and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[RankPlan, dict[str, Tensor]]:
+    """Plan and tensors of a file, tied names included, every byte of it checked."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise CheckpointError(f"{path} was not written by smoothk.save")
+            header = json.loads(metadata[_KEY])
+            if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
+                raise CheckpointError(f"{path} must have format version {FORMAT_VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+        if header.get("sha256") != _digest(header, tensors):
+            raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+        plan = RankPlan.from_json(json.dumps(header["plan"]))
+        tensors.update({name: tensors[first] for name, first in header["tied"].items()})
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not a smoothk file: {error}") from None
+    return plan, tensors
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give ``model`` the tensors, names and shapes strictly; dtypes follow the file, ties and flags the model."""
+    wanted = model.state_dict(keep_vars=True)
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, value in wanted.items():
+        if value.shape != tensors[name].shape:
+            raise ValueError(f"{name!r} must have shape {list(value.shape)}, got {list(tensors[name].shape)}")
+    new: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for slots in (module._parameters, module._buffers):
+            for key, old in slots.items():
+                name = f"{prefix}.{key}" if prefix else key
+                if old is None or name not in tensors:
+                    continue
+                if id(old) not in new:
+                    value = tensors[name] if old.is_meta else tensors[name].to(old.device)
+                    new[id(old)] = nn.Parameter(value, old.requires_grad) if slots is module._parameters else value
+                slots[key] = new[id(old)]

@@ -111,6 +111,9 @@ class _LowRank(nn.Module):
             self.u.copy_(u)
             if dense.bias is not None:
                 self.bias.copy_(dense.bias)
+        self._adopt_flags(dense)
+
+    def _adopt_flags(self, dense: Conv | nn.Linear) -> None:
         for factor in (self.v, self.u):
             factor.requires_grad_(dense.weight.requires_grad)
         if dense.bias is not None:
@@ -297,9 +300,13 @@ class _LowRankConvNd(_LowRank):
     @property
     def weight(self) -> Tensor:
         """The dense weight ``[C_out, C_in/groups, *kernel]``, the product of the factors; differentiable."""
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         v = self.v.reshape(self.groups, self.rank, -1)
-        return fold(self._u_to_matrices() @ v, shape, self.scheme)
+        return fold(self._u_to_matrices() @ v, self.weight_shape, self.scheme)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`, known without computing it."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def _u_to_matrices(self) -> Tensor:
         """u as ``[groups, rows, rank]``."""
@@ -386,6 +393,7 @@ class LowRankConv3d(_LowRankConvNd):
 
 
 _DENSE: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_FACTORIZED: dict[int, type[_LowRankConvNd]] = {1: LowRankConv1d, 2: LowRankConv2d, 3: LowRankConv3d}
 _FUNCTIONAL = {1: low_rank_conv1d, 2: low_rank_conv2d, 3: low_rank_conv3d}
 
 
@@ -437,14 +445,14 @@ class LowRankLinear(_LowRank):
             raise TypeError(f"linear must be an initialised torch.nn.Linear, got {type(linear).__name__}")
         rank = _choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         _check_finite(linear.weight)
-        layer = cls._like(linear, rank)
+        layer = cls._like(linear, rank, "channel")
         u, v = _factors(linear.weight, rank, 1, "channel")
         layer._adopt(linear, v[0], u[0])
         return layer
 
     @classmethod
-    def _like(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
-        """A layer of the size, dtype and device of ``linear``, its values not set."""
+    def _like(cls, linear: nn.Linear, rank: int, scheme: str) -> LowRankLinear:
+        """A layer of the size, dtype and device of ``linear``, its values not set; there is one scheme."""
         options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         return torch.nn.utils.skip_init(
             cls, linear.in_features, linear.out_features, rank, linear.bias is not None, **options
@@ -479,6 +487,11 @@ class LowRankLinear(_LowRank):
     def weight(self) -> Tensor:
         """The dense weight ``[out_features, in_features]``, the product of the factors; differentiable."""
         return self.u @ self.v
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`, known without computing it."""
+        return (self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""

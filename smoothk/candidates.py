@@ -1,0 +1,80 @@
+"""Which layers of a model can be factorised, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .layers import Conv, _LowRank
+
+_DENSE_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Layers by name, in the model's order; `layers` can be factorised, `refused` says why the others stay dense."""
+
+    layers: dict[str, Conv | nn.Linear]
+    refused: dict[str, str]
+
+
+def find_candidates(model: nn.Module) -> Candidates:
+    """Sort every convolution and linear layer of ``model``; a module that occurs several times has its first name."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    layers: dict[str, Conv | nn.Linear] = {}
+    refused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        reason = _obstacle(module, uses)
+        if reason is None:
+            layers[name] = module
+        elif reason:
+            refused[name] = reason
+    return Candidates(layers, refused)
+
+
+def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
+    """None for a layer that can be factorised, why not for one that cannot, "" for a module that is no such layer."""
+    if isinstance(module, _ConvTransposeNd):
+        return "transposed convolution"
+    if isinstance(module, _LowRank):
+        return "low-rank already"
+    if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "weight"):
+        return "quantised"
+    if not isinstance(module, _DENSE_TYPES):
+        return ""
+    if parametrize.is_parametrized(module):
+        return "parametrised"
+    if isinstance(module, LazyModuleMixin):
+        return "not initialised (lazy)"
+    kind = next(kind for kind in _DENSE_TYPES if isinstance(module, kind))
+    if type(module).forward is not kind.forward or (
+        kind is not nn.Linear and type(module)._conv_forward is not kind._conv_forward
+    ):
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which a new layer would lose"
+    if uses[id(weight)] > 1:
+        return "its weight is tied to another module's"
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if kind is not nn.Linear and module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+def check_finite(layers: dict[str, Conv | nn.Linear]) -> None:
+    """Raise ValueError that names the first layer whose weight holds NaN or Inf."""
+    for name, layer in layers.items():
+        if not layer.weight.is_meta and not torch.isfinite(layer.weight).all():
+            raise ValueError(f"weight of layer {name!r} must be finite, got NaN or Inf")

@@ -1,0 +1,165 @@
+"""Truncated SVD of a whole model, without fine-tuning: plan, factorise, recalibrate batch norm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .candidates import find_candidates
+from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
+from .macs import run
+from .ranks import LayerPlan, RankPlan, plan_ranks
+from .report import Table
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` returns: the new model, the plan it follows, and a table with one row per layer."""
+
+    model: nn.Module
+    plan: RankPlan
+    report: Table
+
+
+def factorize(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """A copy of ``model`` in which the planned layers are replaced by low-rank ones, by truncated SVD.
+
+    The copy shares no tensor with ``model``, which is left untouched; modes, dtypes, devices and ``requires_grad`` are
+    kept. A module that occurs in several places is replaced in all of them.
+
+    Raises:
+        TypeError: ``plan`` is not a `RankPlan`.
+        ValueError: the plan is of another model (the layer is named), or a weight holds NaN or Inf.
+    """
+    if not isinstance(plan, RankPlan):
+        raise TypeError(f"plan must be a smoothk.RankPlan, got {type(plan).__name__}")
+    layers = planned_layers(model, plan)
+    replacements = {name: low_rank_layer(layer, plan.layers[name], name) for name, layer in layers.items()}
+    return replace_layers(copy.deepcopy(model), replacements)
+
+
+def planned_layers(model: nn.Module, plan: RankPlan) -> dict[str, Conv | nn.Linear]:
+    """The layers of ``model`` that ``plan`` replaces; ValueError if they are not those the plan was made for."""
+    found = find_candidates(model)
+    for name, layer in plan.factorized.items():
+        if name not in found.layers:
+            why = found.refused.get(name, "no such layer")
+            raise ValueError(f"plan must fit the model, but it has a rank for layer {name!r}: {why}")
+        shape, groups = tuple(found.layers[name].weight.shape), getattr(found.layers[name], "groups", 1)
+        if (shape, groups) != (layer.shape, layer.groups):
+            raise ValueError(
+                f"plan must fit the model, but layer {name!r} has shape {list(shape)} with groups={groups}, and the plan "
+                f"{list(layer.shape)} with groups={layer.groups}"
+            )
+    return {name: found.layers[name] for name in plan.factorized}
+
+
+def low_rank_layer(layer: Conv | nn.Linear, plan: LayerPlan, name: str) -> _LowRank:
+    """``layer`` as its plan says; errors name it."""
+    try:
+        if isinstance(layer, nn.Linear):
+            return LowRankLinear.from_linear(layer, plan.rank)
+        return _FACTORIZED[len(layer.kernel_size)].from_conv(layer, plan.rank, scheme=plan.scheme)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None
+
+
+def empty_low_rank_layer(layer: Conv | nn.Linear, plan: LayerPlan) -> _LowRank:
+    """A layer of the plan's rank in ``layer``'s place, its values not set."""
+    kind = LowRankLinear if isinstance(layer, nn.Linear) else _FACTORIZED[len(layer.kernel_size)]
+    new = kind._like(layer, plan.rank, plan.scheme)
+    new._adopt_flags(layer)
+    return new
+
+
+def replace_layers(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """Put ``replacements`` in ``model``, in place, wherever the named modules occur; returns the model."""
+    old = {id(model.get_submodule(name)): new for name, new in replacements.items()}
+    if id(model) in old:
+        return old[id(model)]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in old:
+                parent._modules[name] = old[id(child)]
+    return model
+
+
+def compress(
+    model: nn.Module, keep: float = 0.3, calibration: Iterable[Any] | None = None, **plan_options: Any
+) -> CompressionResult:
+    """Plan, factorise and, given inputs, recalibrate: a model of ``keep`` times the parameters, with no gradient step.
+
+    Args:
+        model: any module; left untouched.
+        keep: fraction of the model's parameters (or MACs) that may remain, see `plan_ranks`.
+        calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
+            It informs the planner and then recalibrates batch norm. None: nothing data-dependent runs.
+        **plan_options: passed on to `plan_ranks`.
+
+    Returns:
+        `CompressionResult` with ``model``, ``plan`` and ``report``.
+
+    Raises:
+        ValueError, TypeError: as `plan_ranks` and `factorize`; a calibration iterable that can be read only once.
+    """
+    if calibration is not None and iter(calibration) is calibration:
+        raise TypeError(f"calibration must be re-iterable (a list, a DataLoader), got {type(calibration).__name__}")
+    plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
+    small = factorize(model, plan)
+    if calibration is not None:
+        recalibrate_batch_norm(small, calibration)
+    return CompressionResult(small, plan, plan.table())
+
+
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Set batch norm's running statistics to the exact mean over ``batches`` of their means and unbiased variances.
+
+    In place; no gradient and no label. Modes, flags and momentum are restored, layers that no batch reaches keep their
+    statistics, and after an error the model is as it was. A model without batch norm is returned unchanged.
+
+    Args:
+        model: any module.
+        batches: iterable of input batches: a tensor, or the tuple or dict of the model's arguments.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``batches`` is empty. Whatever the model raises on a batch is passed on.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return model
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+    undo = list(norms)
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative mean
+            norm.train()
+        count = 0
+        with torch.no_grad():
+            for batch in batches:
+                run(model, batch)
+                count += 1
+        if not count:
+            raise ValueError("batches must hold at least one batch, got none")
+        undo = [norm for norm in norms if norm.num_batches_tracked == 0]
+    finally:
+        for norm in undo:
+            for buffer, value in zip(norm.buffers(), before[norm], strict=True):
+                buffer.copy_(value)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    return model

@@ -1,0 +1,94 @@
+"""Multiply-accumulate operations of convolutions and linear layers, counted by running the model once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .layers import _LowRank, _LowRankConvNd
+from .unfolding import matrix_shape
+
+
+@dataclass
+class LayerCalls:
+    """What one layer was called with: ``(positions out, positions between)`` of each call, batch included.
+
+    Positions between are those of a spatial factorisation's intermediate: output height times input width.
+    """
+
+    dense: int = 0
+    positions: list[tuple[int, int]] = field(default_factory=list)
+
+    def per_rank(self, shape: Sequence[int], groups: int, scheme: str) -> int:
+        """MACs that one unit of rank costs, over all groups and calls."""
+        rows, columns = matrix_shape(shape, scheme, groups)
+        spatial = scheme == "spatial" and len(shape) == 4
+        return sum(groups * (rows * out + columns * (between if spatial else out)) for out, between in self.positions)
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """``model`` on a tensor, or on the tuple or dict of its arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
+    """Calls of every convolution, linear and low-rank layer of ``model`` in evaluation mode; the model is not
+    changed."""
+    calls: dict[str, LayerCalls] = {}
+    handles = []
+    modes = {module: module.training for module in model.modules()}
+    kinds = (_ConvNd, nn.Linear, _LowRank)
+
+    def record(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            entry = calls.setdefault(name, LayerCalls())
+            if isinstance(module, _ConvNd | _LowRankConvNd):
+                axes = len(module.kernel_size)
+                batch = math.prod(output.shape[: -axes - 1])
+                out = batch * math.prod(output.shape[-axes:])
+                between = batch * output.shape[-2] * x.shape[-1] if axes == 2 else out
+            else:
+                out = between = math.prod(output.shape[:-1])
+            entry.positions.append((out, between))
+            entry.dense += _macs(module, out, between, x)
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, kinds):
+                handles.append(module.register_forward_hook(record(name), with_kwargs=True))
+        with torch.no_grad():
+            run(model.eval(), example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return calls
+
+
+def _macs(module: nn.Module, out: int, between: int, x: Tensor) -> int:
+    """MACs of one call."""
+    if isinstance(module, _LowRank):
+        spatial = getattr(module, "scheme", "channel") == "spatial"
+        return module.v.numel() * (between if spatial else out) + module.u.numel() * out
+    if getattr(module, "transposed", False):  # every input position meets the whole kernel
+        return module.weight.numel() * (x.numel() // module.in_channels)
+    return module.weight.numel() * out
+
+
+def count_macs(model: nn.Module, example_input: Any) -> int:
+    """MACs of all convolutions and linear layers of ``model`` for one ``example_input`` (its batch counts)."""
+    return sum(entry.dense for entry in count_calls(model, example_input).values())

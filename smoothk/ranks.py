@@ -1,0 +1,422 @@
+"""Which rank for which layer: a plan for the whole model under one budget.
+
+Every layer has a list of choices, dense or factorised at some rank, each with a cost (parameters or MACs) and an error
+(the share of ``Σσ²`` that it drops). ``method`` says how one budget is spent over the layers:
+
+- ``"uniform"``: every layer keeps the same fraction of its own cost;
+- ``"energy"``: every layer keeps the same share of its ``Σσ²``;
+- ``"global"``: the sum of the errors is minimised over all layers, by Lagrangian relaxation on the lower convex hulls
+  of the layers' (cost, error) curves (Shoham & Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
+  1988).
+
+The paper's rank rule is not published in detail; the default is our reading.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .candidates import check_finite, find_candidates
+from .layers import Conv, full_rank, parameters_per_rank, singular_values
+from .macs import LayerCalls, count_calls
+from .report import Table
+
+METHODS = ("uniform", "energy", "global")
+SCHEMES = ("channel", "spatial", "auto")
+COSTS = ("params", "macs")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's part of a plan. ``scheme`` is ``"dense"`` (then ``rank`` is 0), ``"channel"`` or ``"spatial"``.
+
+    ``energy`` is the share of ``Σσ²`` kept (None in a plan read back from a model), ``reason`` why a layer has to stay
+    dense.
+    """
+
+    shape: tuple[int, ...]
+    groups: int
+    scheme: str
+    rank: int
+    parameters_before: int
+    parameters: int
+    energy: float | None = None
+    macs_before: int | None = None
+    macs: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Scheme and rank of every convolution and linear layer of a model.
+
+    ``print(plan)`` shows it; `to_json` and `from_json` go both ways. Counts cover the whole model: norms, biases and
+    layers that cannot be factorised included.
+    """
+
+    method: str
+    cost: str
+    keep: float
+    parameters_before: int
+    parameters: int
+    macs_before: int | None = None
+    macs: int | None = None
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+
+    @property
+    def factorized(self) -> dict[str, LayerPlan]:
+        """The layers that the plan replaces."""
+        return {name: layer for name, layer in self.layers.items() if layer.scheme != "dense"}
+
+    def table(self) -> Table:
+        """One row per layer; energy is the share of ``Σσ²`` kept."""
+        columns = ["layer", "weight", "scheme", "rank", "params before", "params", "energy"]
+        with_macs = self.macs is not None
+        columns += ["MACs before", "MACs"] if with_macs else []
+        rows = []
+        for name, layer in self.layers.items():
+            scheme = f"dense ({layer.reason})" if layer.reason else layer.scheme
+            row: list[object] = [name, "x".join(map(str, layer.shape)), scheme, layer.rank or None]
+            row += [layer.parameters_before, layer.parameters, layer.energy]
+            row += [layer.macs_before, layer.macs] if with_macs else []
+            rows.append(row)
+        return Table([*columns], rows)
+
+    def __str__(self) -> str:
+        share = self.parameters / max(self.parameters_before, 1)
+        head = f"{self.parameters:,} of {self.parameters_before:,} parameters kept ({100 * share:.2f} %)"
+        if self.macs is not None:
+            head += f", {self.macs:,} of {self.macs_before:,} MACs ({100 * self.macs / max(self.macs_before, 1):.2f} %)"
+        return f"{head}; method {self.method}, keep {self.keep:g} of {self.cost}\n{self.table()}"
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal plan."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Read a plan; raises ValueError if ``text`` is not one."""
+        try:
+            data = json.loads(text)
+            layers = {name: LayerPlan(**{**layer, "shape": tuple(layer["shape"])}) for name, layer in
+            data["layers"].items()} plan = cls(**{**data, "layers": layers})
+            plan._check()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"text must be the JSON of a RankPlan, got {text[:60]!r} ({error})") from None
+        return plan
+
+    def _check(self) -> None:
+        """Types and ranges of everything that decides an allocation."""
+        for name, layer in self.layers.items():
+            ints = (*layer.shape, layer.groups, layer.rank)
+            if not isinstance(name, str) or any(type(i) is not int or i < 0 for i in ints):
+                raise ValueError(f"layer {name!r} has a shape, groups or rank that is not a non-negative int")
+            if layer.scheme not in ("dense", "channel", "spatial"):
+                raise ValueError(f"layer {name!r} has the unknown scheme {layer.scheme!r}")
+            if layer.scheme != "dense" and not 1 <= layer.rank <= full_rank(layer.shape, layer.groups, layer.scheme):
+                raise ValueError(f"layer {name!r} of shape {layer.shape} cannot have rank {layer.rank}")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    cost: int
+    error: float
+    scheme: str
+    rank: int
+    parameters: int
+    macs: int
+
+
+def plan_ranks(
+    model: nn.Module,
+    keep: float = 0.3,
+    *,
+    method: str = "global",
+    scheme: str = "auto",
+    cost: str = "params",
+    rank_multiple: int = 1,
+    example_input: Tensor | tuple | dict | None = None,
+    calibration: Iterable | None = None,
+    exclude: Sequence[str] = (),
+) -> RankPlan:
+    """Choose every layer's rank so that the whole model costs at most ``keep`` of what it does.
+
+    Args:
+        model: any module; it is not changed. On the meta device, where there are no singular values, they are taken to
+            fall linearly (the quarter-circle law of a random square matrix).
+        keep: fraction in (0, 1] of ALL the model's parameters (tied ones once, buffers not) or MACs that may remain.
+            It is never exceeded, and filled as far as the ranks allow.
+        method: ``"uniform"``, ``"energy"`` or ``"global"`` (see the module's docstring).
+        scheme: ``"channel"``, ``"spatial"`` (1x1 and non-2-d layers have the channel scheme), or ``"auto"``, per
+            layer. A layer stays dense where its factors would be larger.
+        cost: ``"params"`` or ``"macs"``; MACs count convolutions and linear layers, per call of ``example_input``.
+        rank_multiple: ranks are multiples of this (8 or 16 suit tensor cores).
+        example_input: a tensor, or the tuple or dict of the model's arguments; needed for ``cost="macs"``, and makes
+            the plan report MACs otherwise.
+        calibration: iterable of input batches, unlabelled; weighs each layer's error by what it does to the model's
+            output on the first of them.
+        exclude: names of modules to leave dense, with everything inside them.
+
+    Returns:
+        The plan; layers that cannot be factorised are listed as dense with the reason.
+
+    Raises:
+        ValueError: an option out of range, an unknown name in ``exclude``, a model without a layer to factorise, a
+            weight with NaN or Inf (the layer is named), or an impossible ``keep`` (the message has the smallest that
+            works).
+        TypeError: an argument of the wrong type.
+    """
+    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input)
+    found = find_candidates(model)
+    layers, refused = _exclude(model, found.layers, found.refused, exclude)
+    check_finite(layers)
+    calls = None if example_input is None else count_calls(model, example_input)
+    if cost == "macs":
+        idle = [name for name in layers if name not in calls]
+        refused.update(dict.fromkeys(idle, "example_input does not reach it"))
+        layers = {name: layer for name, layer in layers.items() if name in calls}
+    if not layers:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "no convolution or linear layer"
+        raise ValueError(f"model has no layer to factorise ({listed})")
+    choices = {
+        name: _choices(layer, scheme, cost, rank_multiple, calls.get(name) if calls else None)
+        for name, layer in layers.items()
+    }
+    total = _count_parameters(model) if cost == "params" else sum(c.dense for c in calls.values())
+    fixed = total - sum(options[-1].cost for options in choices.values())
+    budget = math.floor(keep * total)
+    smallest = fixed + sum(options[0].cost for options in choices.values())
+    if smallest > budget:
+        raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
+    weights = dict.fromkeys(choices, 1.0)
+    if calibration is not None:
+        from .sensitivity import output_sensitivity
+
+        weights = output_sensitivity(model, layers, calibration)
+    picked = _allocate(choices, weights, budget - fixed, method)
+    return _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
+
+
+def _check_options(
+    model: nn.Module, keep: float, method: str, scheme: str, cost: str, rank_multiple: int, example_input: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(keep, int | float) or isinstance(keep, bool):
+        raise TypeError(f"keep must be a number, got {type(keep).__name__}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    for name, value, known in (("method", method, METHODS), ("scheme", scheme, SCHEMES), ("cost", cost, COSTS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool) or rank_multiple < 1:
+        raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple!r}")
+    if cost == "macs" and example_input is None:
+        raise ValueError("example_input must be given for cost='macs', got None")
+
+
+def _exclude(
+    model: nn.Module, layers: Mapping[str, Conv | nn.Linear], refused: Mapping[str, str], exclude: Sequence[str]
+) -> tuple[dict[str, Conv | nn.Linear], dict[str, str]]:
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a sequence of module names, got the string {exclude!r}")
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    unknown = [name for name in exclude if name not in known]
+    if unknown:
+        raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
+    inside = {id(m) for name in exclude for m in model.get_submodule(name).modules()}
+    kept = {name: layer for name, layer in layers.items() if id(layer) not in inside}
+    out = {name: "excluded" for name in layers if name not in kept}
+    return kept, {**refused, **out}
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _decimal_above(part: int, whole: int) -> str:
+    """The smallest decimal with six digits whose share of ``whole`` covers ``part``."""
+    millionths = math.ceil(1e6 * part / whole)
+    while math.floor(millionths / 1e6 * whole) < part:
+        millionths += 1
+    return f"{millionths / 1e6:.6f}".rstrip("0").rstrip(".")
+
+
+def _squares(layer: Conv | nn.Linear, groups: int, scheme: str) -> Tensor:
+    """``Σ over groups of σ²`` by rank, descending, float64 ``[full_rank]``."""
+    if layer.weight.is_meta:
+        size = full_rank(layer.weight.shape, groups, scheme)
+        return torch.linspace(1, 1 / size, size, dtype=torch.float64).square()
+    return singular_values(layer.weight, groups, scheme).double().square().sum(0)
+
+
+def _choices(
+    layer: Conv | nn.Linear, scheme: str, cost: str, rank_multiple: int, calls: LayerCalls | None
+) -> list[_Choice]:
+    """The layer's choices worth having: by rising cost and falling error, the dense layer last."""
+    shape, groups = tuple(layer.weight.shape), getattr(layer, "groups", 1)
+    dense_macs = calls.dense if calls else 0
+    parameters = layer.weight.numel()
+    dense = _Choice(parameters if cost == "params" else dense_macs, 0.0, "dense", 0, parameters, dense_macs)
+    spatial = len(shape) == 4 and shape[2] * shape[3] > 1
+    schemes = {"channel": ("channel",), "spatial": ("spatial",), "auto": ("channel", "spatial")}[scheme]
+    found = [dense]
+    for name in schemes if spatial else ("channel",):
+        squares = _squares(layer, groups, name)
+        whole = squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        tail = (whole - squares.cumsum(0)).clamp_min(0) / whole
+        per_rank = parameters_per_rank(shape, groups, name)
+        macs_per_rank = calls.per_rank(shape, groups, name) if calls else 0
+        for rank in range(rank_multiple, len(squares) + 1, rank_multiple):
+            macs, params = rank * macs_per_rank, rank * per_rank
+            price = params if cost == "params" else macs
+            if price >= dense.cost:
+                break
+            found.append(_Choice(price, float(tail[rank - 1]), name, rank, params, macs))
+    found.sort(key=lambda c: (c.cost, c.error))
+    best, frontier = math.inf, []
+    for choice in found:
+        if choice.error < best or choice is dense:
+            best = choice.error
+            frontier.append(choice)
+    return frontier
+
+
+def _allocate(
+    choices: Mapping[str, list[_Choice]], weights: Mapping[str, float], budget: int, method: str
+) -> dict[str, int]:
+    """Index of each layer's choice; the sum of costs is at most ``budget``."""
+    if method == "global":
+        picked = _hull_greedy(choices, weights, budget)
+    else:
+        picked = _bisect(choices, budget, method)
+    left = budget - sum(options[picked[name]].cost for name, options in choices.items())
+
+    def urgency(name: str) -> float:
+        """Smallest first: the layer furthest behind, or where a step gains most."""
+        now, after = choices[name][picked[name]], choices[name][picked[name] + 1]
+        if method == "uniform":
+            return after.cost / choices[name][-1].cost
+        if method == "energy":
+            return -now.error
+        return -weights[name] * (now.error - after.error) / (after.cost - now.cost)
+
+    # What the rule leaves over is less than one step of it: fill up with single steps, the most urgent that fits first.
+    queue = [(urgency(name), name) for name in choices if picked[name] + 1 < len(choices[name])]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        options, now = choices[name], picked[name]
+        price = options[now + 1].cost - options[now].cost
+        if price > left:
+            continue  # later steps of this layer only come after this one
+        left -= price
+        picked[name] += 1
+        if picked[name] + 1 < len(options):
+            heapq.heappush(queue, (urgency(name), name))
+    return picked
+
+
+def _hull_greedy(choices: Mapping[str, list[_Choice]], weights: Mapping[str, float], budget: int) -> dict[str, int]:
+    """Walk all layers' lower convex hulls from the steepest edge down, as far as ``budget`` goes."""
+    picked = dict.fromkeys(choices, 0)
+    left = budget - sum(options[0].cost for options in choices.values())
+    edges = []
+    for name, options in choices.items():
+        hull = _lower_hull(options)
+        for start, end in zip(hull, hull[1:], strict=False):
+            gain = weights[name] * (options[start].error - options[end].error)
+            edges.append((-gain / max(options[end].cost - options[start].cost, 1), name, start, end))
+    for _, name, start, end in sorted(edges):
+        price = choices[name][end].cost - choices[name][start].cost
+        if picked[name] == start and price <= left:
+            picked[name] = end
+            left -= price
+    return picked
+
+
+def _lower_hull(options: Sequence[_Choice]) -> list[int]:
+    """Indices of the lower convex hull of (cost, error), by rising cost (Andrew's monotone chain)."""
+    hull: list[int] = []
+    for i, c in enumerate(options):
+        while len(hull) > 1:
+            a, b = options[hull[-2]], options[hull[-1]]
+            if (b.error - a.error) * (c.cost - a.cost) < (c.error - a.error) * (b.cost - a.cost):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _bisect(choices: Mapping[str, list[_Choice]], budget: int, method: str) -> dict[str, int]:
+    """The largest common level (fraction of cost, or of energy) that the budget allows."""
+
+    def at(level: float) -> dict[str, int]:
+        picked = {}
+        for name, options in choices.items():
+            if method == "uniform":
+                affordable = bisect_right([c.cost for c in options], level * options[-1].cost)
+                picked[name] = max(affordable - 1, 0)
+            else:
+                picked[name] = next(i for i, c in enumerate(options) if c.error <= 1 - level)
+        return picked
+
+    def price(picked: dict[str, int]) -> int:
+        return sum(options[picked[name]].cost for name, options in choices.items())
+
+    low, high = 0.0, 1.0
+    if price(at(high)) <= budget:
+        return at(high)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if price(at(middle)) <= budget else (low, middle)
+    return at(low)
+
+
+def _plan(
+    model: nn.Module,
+    layers: Mapping[str, Conv | nn.Linear],
+    refused: Mapping[str, str],
+    choices: Mapping[str, list[_Choice]],
+    picked: Mapping[str, int],
+    calls: Mapping[str, LayerCalls] | None,
+    method: str,
+    cost: str,
+    keep: float,
+) -> RankPlan:
+    plans = {}
+    modules = dict(model.named_modules())
+    for name in (name for name in modules if name in layers or name in refused):
+        weight = getattr(modules[name], "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+        count = weight.numel() if isinstance(weight, nn.Parameter) else 0
+        macs_before = None if calls is None else calls[name].dense if name in calls else 0
+        if name in refused:
+            groups = getattr(modules[name], "groups", 1)
+            plans[name] = LayerPlan(
+                shape, groups, "dense", 0, count, count, 1.0, macs_before, macs_before, refused[name]
+            )
+            continue
+        choice = choices[name][picked[name]]
+        reason = "no rank is smaller" if len(choices[name]) == 1 else None
+        macs = None if calls is None else choice.macs
+        groups = getattr(layers[name], "groups", 1)
+        plans[name] = LayerPlan(
+            shape, groups, choice.scheme, choice.rank, count, choice.parameters, 1 - choice.error, macs_before, macs,
+            reason
+        )
+    before = _count_parameters(model)
+    after = before - sum(p.parameters_before - p.parameters for p in plans.values())
+    macs_total = None if calls is None else sum(c.dense for c in calls.values())
+    macs_after = None
+    if macs_total is not None:
+        macs_after = macs_total - sum(p.macs_before - p.macs for p in plans.values())
+    return RankPlan(method, cost, keep, before, after, macs_total, macs_after, plans)
