@@ -176,7 +176,7 @@ def _read(path: Path) -> tuple[RankPlan, dict[str, Tensor]]:
             header = json.loads(metadata[_KEY])
             if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
                 raise CheckpointError(f"{path} must have format version {FORMAT_VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # safe_open is no mapping
         if header.get("sha256") != _digest(header, tensors):
             raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
         plan = RankPlan.from_json(json.dumps(header["plan"]))

@@ -54,8 +54,8 @@ def planned_layers(model: nn.Module, plan: RankPlan) -> dict[str, Conv | nn.Line
         shape, groups = tuple(found.layers[name].weight.shape), getattr(found.layers[name], "groups", 1)
         if (shape, groups) != (layer.shape, layer.groups):
             raise ValueError(
-                f"plan must fit the model, but layer {name!r} has shape {list(shape)} with groups={groups}, and the plan "
-                f"{list(layer.shape)} with groups={layer.groups}"
+                f"plan must fit the model, but layer {name!r} has shape {list(shape)} with groups={groups}, and the "
+                f"plan {list(layer.shape)} with groups={layer.groups}"
             )
     return {name: found.layers[name] for name in plan.factorized}
 

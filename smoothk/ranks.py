@@ -106,8 +106,8 @@ class RankPlan:
         """Read a plan; raises ValueError if ``text`` is not one."""
         try:
             data = json.loads(text)
-            layers = {name: LayerPlan(**{**layer, "shape": tuple(layer["shape"])}) for name, layer in
-            data["layers"].items()} plan = cls(**{**data, "layers": layers})
+            layers = {n: LayerPlan(**{**layer, "shape": tuple(layer["shape"])}) for n, layer in data["layers"].items()}
+            plan = cls(**{**data, "layers": layers})
             plan._check()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"text must be the JSON of a RankPlan, got {text[:60]!r} ({error})") from None
@@ -410,8 +410,16 @@ def _plan(
         macs = None if calls is None else choice.macs
         groups = getattr(layers[name], "groups", 1)
         plans[name] = LayerPlan(
-            shape, groups, choice.scheme, choice.rank, count, choice.parameters, 1 - choice.error, macs_before, macs,
-            reason
+            shape,
+            groups,
+            choice.scheme,
+            choice.rank,
+            count,
+            choice.parameters,
+            1 - choice.error,
+            macs_before,
+            macs,
+            reason,
         )
     before = _count_parameters(model)
     after = before - sum(p.parameters_before - p.parameters for p in plans.values())
