@@ -29,9 +29,9 @@ clean:
 
 # torch comes first: the extension is compiled against the torch that it finds.
 $(READY): $(SOURCES) | .venv/bin/python
+	@rm -f .venv/ready-auto .venv/ready-cpu .venv/ready-cuda .venv/ready-none
 	$(PIP) torch numpy
 	SMOOTHK_BUILD=$(SMOOTHK_BUILD) $(PIP) --editable '.[test]'
-	@rm -f .venv/ready-auto .venv/ready-cpu .venv/ready-cuda .venv/ready-none
 	@$(BIN)/python -c 'import smoothk; print(smoothk.info())'
 	@touch $@
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMES = ("torch", "cpp", "triton", "cuda")
 
@@ -29,7 +30,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 _lock = threading.RLock()
-_missing: dict[str, str | None] = {"torch": None}  # backend -> why it is missing, None where it is there
+_reasons: dict[str, str | None] = {"torch": None}  # backend -> why it is missing, None where it is there
 
 
 class BackendUnavailable(RuntimeError):
@@ -38,11 +39,16 @@ class BackendUnavailable(RuntimeError):
 
 def unavailable_reason(name: str) -> str | None:
     """Why the backend ``name`` cannot be used on this machine, or None where it can. The first call loads it."""
-    if name not in _missing:
+    if name not in _reasons:
         with _lock:
-            if name not in _missing:
-                _missing[name] = _LOADERS[name]()
-    return _missing[name]
+            if name not in _reasons:
+                _reasons[name] = _LOADERS[name]()
+    return _reasons[name]
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo: torch.compile must not trace
+# the loading of an extension.
+unavailable_reason._dynamo_marked_constant = True
 
 
 def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor]) -> str:
@@ -77,48 +83,38 @@ def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor]) -> str | None
 
 
 def _cpp_obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
-    if not tensors:
-        return "it needs at least one tensor"
-    dtype = tensors[0].dtype
-    if dtype not in CPP_DTYPES:
-        return f"it takes {', '.join(str(d).removeprefix('torch.') for d in CPP_DTYPES)}, got {dtype}"
     for tensor in tensors:
         # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, got {type(tensor).__name__}"
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return f"it takes dense tensors on the CPU, got a {tensor.layout} tensor on {tensor.device}"
-        if tensor.dtype != dtype:
-            return f"it takes tensors of one dtype, got {dtype} and {tensor.dtype}"
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.dtype not in CPP_DTYPES:
+            return f"it takes {', '.join(map(str, CPP_DTYPES))}, got {tensor.dtype}"
+        if tensor.dtype != tensors[0].dtype:
+            return f"it takes tensors of one dtype, got {tensors[0].dtype} and {tensor.dtype}"
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return "it does not run under torch.func transforms"
-    return None
-
-
-def _load_extension(module: str, absent: str) -> str | None:
-    """Imports a compiled module; a reason where that fails. ``absent`` is the reason for a module that is not there."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError:
-        return absent
-    except ImportError as error:
-        built_for = _build_record().get("torch", "an unknown torch")
-        reason = (
-            f"{module} does not load ({error}); it was built for {built_for} and this is torch {torch.__version__}: "
-            "build smoothk again"
-        )
-        warnings.warn(reason, RuntimeWarning, stacklevel=4)
-        return reason
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
     return None
 
 
 def _load_cpp() -> str | None:
     record = _build_record()
-    absent = f"the C++ extension is not built ({record.get('reason', 'this is an unbuilt checkout')})"
-    reason = _load_extension("smoothk._C", absent)
-    if reason is None:
-        importlib.import_module("smoothk.cpp_ops")
-    return reason
+    try:
+        importlib.import_module("smoothk._C")
+    except ModuleNotFoundError:
+        return f"the C++ extension is not built ({record.get('reason', 'this is a checkout without a build')})"
+    except ImportError as error:
+        reason = (
+            f"the C++ extension does not load: {error}; it was built against torch {record.get('torch', 'unknown')} "
+            f"and this is {torch.__version__}: install smoothk again"
+        )
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return reason
+    importlib.import_module("smoothk.cpp_ops")
+    return None
 
 
 def _load_cuda() -> str | None:
@@ -166,7 +162,7 @@ def info() -> Info:
     from . import __version__
 
     backends = {name: unavailable_reason(name) or "available" for name in NAMES}
-    extension = importlib.import_module("smoothk._C").build_info() if _missing["cpp"] is None else {}
+    extension = importlib.import_module("smoothk._C").build_info() if backends["cpp"] == "available" else {}
     return Info(
         smoothk=__version__,
         python=platform.python_version(),
