@@ -7,7 +7,7 @@ raises `smoothk.BackendUnavailable`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ NORMS = ("l2", "l1", "l21", "huber")
 
 
 def _as_list(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be a tensor or a sequence of tensors, got {type(weights).__name__}")
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     for i, weight in enumerate(tensors):
         if not isinstance(weight, Tensor):
@@ -33,9 +35,11 @@ def _as_list(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def check_dim(dim: int | Sequence[int]) -> tuple[int, ...]:
     """``dim`` as a tuple of distinct integers."""
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    if not dims or any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
-        raise TypeError(f"dim must be an int or a non-empty tuple of ints, got {dim!r}")
+    dims = tuple(dim) if isinstance(dim, Iterable) else (dim,)
+    if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
+        raise TypeError(f"dim must be an int or a tuple of ints, got {dim!r}")
+    if not dims:
+        raise ValueError("dim must name at least one axis, got ()")
     if len(set(dims)) != len(dims):
         raise ValueError(f"dim must not name an axis twice, got {dim!r}")
     return dims
@@ -43,11 +47,15 @@ def check_dim(dim: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_difference_options(order: int, norm: str, eps: float) -> None:
     """Raise unless these describe a difference penalty."""
+    if not isinstance(order, int):
+        raise TypeError(f"order must be an int, got {type(order).__name__}")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be a positive finite number, got {eps!r}")
 
 
@@ -116,8 +124,8 @@ def difference_penalty(
         0-dim tensor on the first weight's device, float32, or float64 if any weight is. Zero for an empty sequence.
 
     Raises:
-        TypeError: a weight is not a dense real floating-point tensor; dim is not made of ints.
-        ValueError: unknown order or norm, non-positive eps, an axis named twice.
+        TypeError: a weight is not a dense real floating-point tensor; order or dim is not made of ints.
+        ValueError: unknown order or norm, non-positive eps, no axis or one named twice.
         BackendUnavailable: the backend asked for by name cannot run these tensors.
     """
     tensors = _as_list(weights)
