@@ -15,19 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d
-from .unfolding import check_unfolding, fold, matrix_shape, unfold
+from .svd import full_rank, parameters_per_rank, rank_for_energy, squared_singular_values, truncated_factors
+from .unfolding import check_unfolding, fold, matrix_shape
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-def full_rank(shape: Sequence[int], groups: int = 1, scheme: str = "channel") -> int:
-    """Largest useful rank (per group) of a weight ``[C_out, C_in/groups, *kernel]``."""
-    return min(matrix_shape(shape, scheme, groups))
-
-
-def parameters_per_rank(shape: Sequence[int], groups: int = 1, scheme: str = "channel") -> int:
-    """Parameters that one unit of rank costs, over all groups."""
-    return groups * sum(matrix_shape(shape, scheme, groups))
 
 
 def check_rank(rank: int, shape: Sequence[int], groups: int = 1, scheme: str = "channel") -> int:
@@ -39,30 +30,6 @@ def check_rank(rank: int, shape: Sequence[int], groups: int = 1, scheme: str = "
     if not 1 <= rank <= largest:
         raise ValueError(f"rank must be between 1 and {largest} for a {rows}x{columns} weight, got {rank}")
     return rank
-
-
-def singular_values(weight: Tensor, groups: int = 1, scheme: str = "channel") -> Tensor:
-    """Singular values ``[groups, full_rank]`` of the unfolded weight, descending, in at least float32."""
-    return torch.linalg.svdvals(_matrices(weight, groups, scheme))
-
-
-def rank_for_energy(squares: Tensor, energy: float) -> int:
-    """Smallest rank whose share of ``Σσ²`` reaches ``energy``; ``squares`` ``[groups, full_rank]`` holds the σ²."""
-    kept = squares.double().sum(0).cumsum(0)
-    # 1e-12 of slack: energy=1.0 must not ask for more than the last partial sum, which has rounding of its own.
-    return min(int((kept < (energy - 1e-12) * kept[-1]).sum()) + 1, len(kept))
-
-
-def _matrices(weight: Tensor, groups: int, scheme: str) -> Tensor:
-    wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    return unfold(wide, scheme, groups)
-
-
-def _factors(weight: Tensor, rank: int, groups: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """``u [groups, rows, rank]`` and ``v [groups, rank, columns]`` whose product is the best rank-``rank`` matrix."""
-    u, s, vh = torch.linalg.svd(_matrices(weight, groups, scheme), full_matrices=False)
-    root = s[:, :rank].sqrt()
-    return u[..., :rank] * root.unsqueeze(-2), vh[:, :rank] * root.unsqueeze(-1)
 
 
 def _choose_rank(
@@ -80,7 +47,7 @@ def _choose_rank(
     if not 0 < share <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
     if energy is not None:
-        return rank_for_energy(singular_values(weight, groups, scheme).square(), energy)
+        return rank_for_energy(squared_singular_values(weight, groups, scheme), energy)
     per_rank = parameters_per_rank(weight.shape, groups, scheme)
     affordable = math.floor(keep * weight.numel() / per_rank)
     if affordable < 1:
@@ -225,7 +192,7 @@ class _LowRankConvNd(_LowRank):
         rank = _choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
         _check_finite(conv.weight)
         layer = cls._like(conv, rank, scheme)
-        u, v = _factors(conv.weight, rank, conv.groups, scheme)
+        u, v = truncated_factors(conv.weight, rank, conv.groups, scheme)
         layer._adopt(conv, v.reshape(layer.v.shape), layer._u_from_matrices(u))
         return layer
 
@@ -446,7 +413,7 @@ class LowRankLinear(_LowRank):
         rank = _choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         _check_finite(linear.weight)
         layer = cls._like(linear, rank, "channel")
-        u, v = _factors(linear.weight, rank, 1, "channel")
+        u, v = truncated_factors(linear.weight, rank)
         layer._adopt(linear, v[0], u[0])
         return layer
 

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import check_finite, find_candidates
-from .layers import Conv, full_rank, parameters_per_rank, singular_values
+from .layers import Conv
 from .macs import LayerCalls, count_calls
 from .report import Table
+from .sensitivity import output_sensitivity
+from .svd import full_rank, parameters_per_rank, squared_singular_values
 
 METHODS = ("uniform", "energy", "global")
 SCHEMES = ("channel", "spatial", "auto")
@@ -198,8 +200,6 @@ def plan_ranks(
         raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
     weights = dict.fromkeys(choices, 1.0)
     if calibration is not None:
-        from .sensitivity import output_sensitivity
-
         weights = output_sensitivity(model, layers, calibration)
     picked = _allocate(choices, weights, budget - fixed, method)
     return _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
@@ -255,7 +255,7 @@ def _squares(layer: Conv | nn.Linear, groups: int, scheme: str) -> Tensor:
     if layer.weight.is_meta:
         size = full_rank(layer.weight.shape, groups, scheme)
         return torch.linspace(1, 1 / size, size, dtype=torch.float64).square()
-    return singular_values(layer.weight, groups, scheme).double().square().sum(0)
+    return squared_singular_values(layer.weight, groups, scheme).sum(0)
 
 
 def _choices(

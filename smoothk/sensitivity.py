@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Conv, _factors, rank_for_energy, singular_values
+from .layers import Conv
 from .macs import run
+from .svd import rank_for_energy, squared_singular_values, truncated_factors
 from .unfolding import fold
 
 _PROBE_ENERGY = 0.9  # the probe keeps this share of Σσ²: its effect rises above rounding and is still local
@@ -37,13 +38,13 @@ def output_sensitivity(
         reference = _floats(run(probe, batch))
         for name, layer in layers.items():
             weight, groups = probe.get_submodule(name).weight, getattr(layer, "groups", 1)
-            squares = singular_values(weight, groups).square()
+            squares = squared_singular_values(weight, groups)
             rank = min(rank_for_energy(squares, _PROBE_ENERGY), max(squares.shape[1] - 1, 1))
             dropped = 1 - float(squares[:, :rank].sum() / squares.sum())
             if not dropped > 0:  # rank 1 says it all
                 weights[name] = 1.0
                 continue
-            u, v = _factors(weight, rank, groups, "channel")
+            u, v = truncated_factors(weight, rank, groups)
             original = weight.clone()
             weight.copy_(fold(u @ v, weight.shape))
             weights[name] = float((_floats(run(probe, batch)) - reference).square().sum()) / dropped
