@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -166,9 +167,6 @@ def _stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tenso
     return torch.cat(kept).sort().values, torch.cat(held_out).sort().values
 
 
-# Batches
-
-
 def batches(
     images: Tensor,
     labels: Tensor,
@@ -272,12 +270,11 @@ class CalibrationBatches:
         return -(-len(self.images) // self.batch_size)
 
 
-def calibration_batches(dataset: DataSet, count: int = 5000, batch_size: int = 500, seed: int = 0) -> CalibrationBatches:
+def calibration_batches(
+    dataset: DataSet, count: int = 5000, batch_size: int = 500, seed: int = 0
+) -> CalibrationBatches:
     """Unlabelled batches for `smoothk.recalibrate_batch_norm` and for planners; see `CalibrationBatches`."""
     return CalibrationBatches(dataset, count, batch_size, seed)
-
-
-# digits
 
 
 def _load_digits(test_fraction: float, seed: int) -> DataSet:
@@ -306,9 +303,6 @@ def _load_digits(test_fraction: float, seed: int) -> DataSet:
         Augmentation(crop_padding=1, flip=False),
         provenance,
     )
-
-
-# CIFAR
 
 
 @dataclass(frozen=True)
@@ -455,8 +449,6 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def _read_dict(path: Path, content: bytes) -> dict[bytes, Any]:
-    from io import BytesIO
-
     try:
         value = _CifarUnpickler(BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -484,9 +476,10 @@ def _read_batch(release: CifarRelease, path: Path, content: bytes, count: int) -
         raise DataError(f"{path}: expected an array under 'data'")
     _, shape, dtype, fortran_order, raw = state
     if shape != (count, 3072) or dtype.name != "u1" or fortran_order or len(raw) != count * 3072:
+        order = "Fortran" if fortran_order else "C"
         raise DataError(
-            f"{path}: expected 'data' of shape ({count}, 3072) and type u1 in C order, "
-            f"got {shape}, {dtype.name}, {len(raw)} bytes"
+            f"{path}: expected 'data' of shape ({count}, 3072), type u1 and C order, "
+            f"got {shape}, {dtype.name}, {order} order, {len(raw)} bytes"
         )
     labels = batch.get(release.label_key)
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
@@ -566,9 +559,6 @@ def _unpack(release: CifarRelease, archive: Path, folder: Path) -> None:
         complete.replace(folder)
 
 
-# Directories of images
-
-
 def _load_folder(root: Path, size: int, test_fraction: float, seed: int) -> DataSet:
     if not root.is_dir():
         raise DataError(f"{root}: no such directory; expected one sub-directory of images per class")
@@ -591,9 +581,7 @@ def _load_folder(root: Path, size: int, test_fraction: float, seed: int) -> Data
         test_images, test_labels = images[held_out], labels[held_out]
         provenance["split"] = {"test_fraction": test_fraction, "seed": seed}
     provenance["sha256"] = digest.hexdigest()
-    return DataSet(
-        "folder", train_images, train_labels, test_images, test_labels, classes, Augmentation(), provenance
-    )
+    return DataSet("folder", train_images, train_labels, test_images, test_labels, classes, Augmentation(), provenance)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
@@ -621,8 +609,6 @@ def _read_images(root: Path, classes: tuple[str, ...], size: int, digest: Any) -
 
 def _read_image(path: Path, content: bytes, size: int) -> Tensor:
     """One RGB image as uint8 [3, size, size], its orientation tag applied."""
-    from io import BytesIO
-
     try:
         from PIL import Image, ImageOps
     except ImportError as error:

@@ -1,13 +1,15 @@
 """Residual networks for small images (He et al. 2016, arXiv 1512.03385) and how they are built by name.
 
-Two families. `resnet18` and `resnet34` are the ImageNet networks of Table 1 with a 3x3 stem and no max-pool, as is usual
-for 32x32 images; `resnet20` and `resnet56` are the CIFAR networks of section 4.2. The first family projects on its
-shortcuts (1x1 convolution and batch norm, option B), the second pads with zero channels (option A, no parameters).
+Two families. `resnet18` and `resnet34` are the ImageNet networks of Table 1 with a 3x3 stem and no max-pool, as is
+usual for 32x32 images; their shortcuts project (1x1 convolution and batch norm, option B). `resnet20` and `resnet56`
+are the CIFAR networks of section 4.2; their shortcuts pad with zero channels (option A). `digits_net` is a
+member of the first family with three blocks, for 8x8 images.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network of basic blocks for small images.
+    """Residual network of basic blocks for small images; its weights start from PyTorch's defaults.
 
     Args:
         blocks: number of blocks of each stage; the channels double and, from the second stage on, the sides halve.
@@ -101,9 +103,6 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*stage))
         self.layers = nn.Sequential(*stages)
         self.fc = nn.Linear(width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, in_channels, H, W] to logits [N, num_classes]."""
@@ -111,9 +110,7 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def build(
-    arch: str, num_classes: int, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
-) -> ResNet:
+def build(arch: str, num_classes: int, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1) -> ResNet:
     """Build a network by name.
 
     Args:
@@ -132,12 +129,10 @@ def build(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     blocks, base, shortcut = ARCHITECTURES[arch]
-    channels = round(base * width)
+    channels = round(base * width) if math.isfinite(width) else 0
     if channels < 1:
         raise ValueError(f"width must give {arch} at least one channel (at least {1 / base:g}), got {width:g}")
-    return ResNet(
-        blocks, channels, num_classes, in_channels=in_channels, stem_stride=stem_stride, shortcut=shortcut
-    )
+    return ResNet(blocks, channels, num_classes, in_channels=in_channels, stem_stride=stem_stride, shortcut=shortcut)
 
 
 def from_factory(target: str, **kwargs: Any) -> nn.Module:
@@ -155,7 +150,7 @@ def from_factory(target: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f'model must look like "package.module:factory", got {target!r}')
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the user's module raises, and a malformed name
         raise ValueError(f"model {target!r}: cannot import {module_name!r}: {error}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

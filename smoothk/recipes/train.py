@@ -1,8 +1,8 @@
 """Training with smoothness penalties: SGD, reproducible to the bit, and safe to kill at any moment.
 
-A run is a function of its configuration. The learning rate and the penalty's scale are computed from the step, the order
-of the images, their crops and flips from the seed and the epoch, so that a checkpoint needs the model, the momentum
-buffers and the random state of the model's own layers, nothing else.
+A run is a function of its configuration. The learning rate and the penalty's scale are computed from the step, the
+order of the images, their crops and flips from the seed and the epoch, so that a checkpoint needs the model, the
+momentum buffers and the random state of the model's own layers, nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import math
 import pickle
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smoothk.checkpoint import CheckpointError, atomic_write
+from smoothk.checkpoint import CheckpointError, atomic_write, load, save
+from smoothk.penalties import SmoothnessPenalty
 from smoothk.recipes import data, models
 
 SCHEDULES = ("one-cycle", "cosine")
@@ -110,6 +112,8 @@ class TrainConfig:
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("norm", self.norm, ("l2", "l1", "l21", "huber"))
         _check_choice("unfolding", self.unfolding, ("channel", "spatial"))
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         for name in ("epochs", "batch_size", "checkpoint_every", "stem_stride", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -251,9 +255,7 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def train(
-    config: TrainConfig, *, resume: bool = False, progress: bool = True, download: bool = False
-) -> TrainResult:
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, download: bool = False) -> TrainResult:
     """Train a network; the caller's random state and thread count are left as they were.
 
     Args:
@@ -273,10 +275,10 @@ def train(
         raise ValueError("out_dir must be given to resume a run")
     if out_dir is not None and not resume and (out_dir / "checkpoint.pt").exists():
         raise ValueError(f"{out_dir} already holds a run: resume it (--resume) or choose another out_dir")
+    device = _device(config.device)
     dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
     if config.validation > 0:
         dataset = data.split(dataset, config.validation)
-    device = torch.device(config.device)
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda_devices), _threads(config.threads):
         torch.manual_seed(config.seed)
@@ -285,6 +287,8 @@ def train(
             if resume and (out_dir / "checkpoint.pt").exists():
                 run.load(out_dir / "checkpoint.pt")
             out_dir.mkdir(parents=True, exist_ok=True)
+            for leftover in out_dir.glob(".*.tmp"):  # of a write that was killed half-way
+                leftover.unlink()
             atomic_write(out_dir / "config.json", _json_bytes(run.description()))
         while len(run.history) < config.epochs:
             run.epoch(progress)
@@ -294,10 +298,8 @@ def train(
                 atomic_write(out_dir / "history.json", _json_bytes(run.history))
         model = run.model.eval()
         if out_dir is not None:
-            import smoothk
-
             atomic_write(out_dir / "history.json", _json_bytes(run.history))
-            smoothk.save(model, out_dir / "model.safetensors")
+            save(model, out_dir / "model.safetensors")
     return TrainResult(model, config, dataset, run.history)
 
 
@@ -313,9 +315,7 @@ class _Run:
         decayed = [p for p in self.model.parameters() if p.ndim > 1 and p.requires_grad]
         others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
-        )
+        self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
         self.penalty = _penalty(config, self.model)
         self.images = dataset.train_images.to(device)
         self.labels = dataset.train_labels.to(device)
@@ -380,7 +380,7 @@ class _Run:
         )
 
     def _step(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimizer step; returns the loss, the scaled penalty and the number of right answers, as 0-dim tensors."""
+        """One optimizer step; returns the loss, the scaled penalty and the number of right answers, 0-dim each."""
         config = self.config
         lr = learning_rate(config, step, config.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -440,7 +440,7 @@ class _Run:
                     f"{path} belongs to a run with {name}={saved.get(name)!r}, the configuration has {ours[name]!r}"
                 )
         if state["data"] != self.dataset.provenance:
-            raise ValueError(f"{path} belongs to a run on other images than those that data={self.config.data!r} has now")
+            raise ValueError(f"{path} belongs to a run on other images than data={self.config.data!r} has now")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -452,12 +452,17 @@ class _Run:
         self.history = state["history"]
 
 
-def _penalty(config: TrainConfig, model: nn.Module) -> Any:
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices found")
+    return device
+
+
+def _penalty(config: TrainConfig, model: nn.Module) -> SmoothnessPenalty | None:
     """The penalty of a configuration, or None if every coefficient is 0."""
     if not (config.first_order or config.second_order or config.nuclear):
         return None
-    from smoothk.penalties import SmoothnessPenalty
-
     return SmoothnessPenalty(
         model,
         first_order=config.first_order,
@@ -482,7 +487,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a smoothk run checkpoint, or cut off in its header ({len(content)} bytes)")
     payload = memoryview(content)[header:]
     if hashlib.sha256(payload).digest() != content[len(MAGIC) : header]:
-        raise CheckpointError(f"{path}: its {len(payload)} bytes do not match their SHA-256; it is truncated or changed")
+        raise CheckpointError(f"{path}: its content does not match its SHA-256: it is truncated or changed")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
@@ -499,8 +504,6 @@ def load_run(out_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
     Raises:
         CheckpointError: the files are missing or damaged.
     """
-    import smoothk
-
     out_dir = Path(out_dir)
     path = out_dir / "config.json"
     try:
@@ -513,7 +516,7 @@ def load_run(out_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
         raise CheckpointError(f"{path}: not the configuration of a run: {error}") from error
     if not (out_dir / "model.safetensors").is_file():
         raise CheckpointError(f"{out_dir}: the run is not finished: no model.safetensors; resume it first")
-    model = smoothk.load(build_model(config, num_classes, in_channels), out_dir / "model.safetensors")
+    model = load(build_model(config, num_classes, in_channels), out_dir / "model.safetensors")
     return model.eval(), config
 
 

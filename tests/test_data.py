@@ -1,0 +1,536 @@
+"""Data sets: what is read, what is refused, and the batches made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from smoothk.recipes import data
+
+COUNT = 20  # images in a file of the small release
+
+
+class Plant:
+    """Creates a file when it is unpickled by anything that runs what a pickle asks for."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return open, (str(self.target), "x")
+
+
+def batch(seed: int, **changes: Any) -> dict[bytes, Any]:
+    rng = np.random.default_rng(seed)
+    content = {
+        b"batch_label": b"a batch",
+        b"labels": rng.integers(0, 10, COUNT).tolist(),
+        b"data": rng.integers(0, 256, (COUNT, 3072), dtype=np.uint8),
+        b"filenames": [b"a.png"] * COUNT,
+    }
+    return {**content, **{key.encode(): value for key, value in changes.items()}}
+
+
+def write_pickle(path: Path, value: Any) -> None:
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.CifarRelease:
+    """A release in the layout of CIFAR-10 with few images, unpacked into tmp_path, whose sums match."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    original = data.CIFAR["cifar10"]
+    for seed, name in enumerate([*original.train, *original.test]):
+        write_pickle(folder / name, batch(seed))
+    write_pickle(folder / original.meta, {b"label_names": [f"class {i}".encode() for i in range(10)]})
+    small = replace(
+        original,
+        train=dict.fromkeys(original.train, COUNT),
+        test=dict.fromkeys(original.test, COUNT),
+        md5={name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in original.md5},
+    )
+    monkeypatch.setitem(data.CIFAR, "cifar10", small)
+    return small
+
+
+@pytest.fixture
+def archive(release: data.CifarRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The release as an archive with a matching sum; the unpacked folder is gone."""
+    folder = tmp_path / release.folder
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, release.folder)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    content = buffer.getvalue()
+    monkeypatch.setitem(data.CIFAR, "cifar10", replace(release, archive_md5=hashlib.md5(content).hexdigest()))
+    return content
+
+
+def test_cifar_is_read_as_it_was_written(release: data.CifarRelease, tmp_path: Path) -> None:
+    dataset = data.load("cifar10", tmp_path)
+    assert dataset.train_images.shape == (5 * COUNT, 3, 32, 32)
+    assert dataset.train_images.dtype == torch.uint8
+    assert dataset.train_labels.dtype == torch.int64
+    for i in range(5):
+        part = slice(i * COUNT, (i + 1) * COUNT)
+        expected = batch(i)
+        np.testing.assert_array_equal(dataset.train_images[part].numpy().reshape(COUNT, 3072), expected[b"data"])
+        assert dataset.train_labels[part].tolist() == expected[b"labels"]
+    np.testing.assert_array_equal(dataset.test_images.numpy().reshape(COUNT, 3072), batch(5)[b"data"])
+    assert dataset.classes[3] == "class 3"
+    assert dataset.provenance["original"] is True
+    content = (tmp_path / release.folder / "test_batch").read_bytes()
+    assert dataset.provenance["sha256"]["test_batch"] == hashlib.sha256(content).hexdigest()
+
+
+def test_python2_strings_and_other_protocols_are_read(release: data.CifarRelease, tmp_path: Path) -> None:
+    value = batch(0)
+    content = pickle.dumps(value, protocol=2)
+    # Protocol 2 writes bytes as a call of _codecs.encode; protocol 4 has its own opcode and stack globals.
+    assert b"_codecs" in content
+    (tmp_path / release.folder / "data_batch_1").write_bytes(pickle.dumps(value, protocol=4))
+    dataset = data.load("cifar10", tmp_path)
+    np.testing.assert_array_equal(dataset.train_images[:COUNT].numpy().reshape(COUNT, 3072), value[b"data"])
+
+
+def test_other_bytes_in_the_original_layout_are_reported(release: data.CifarRelease, tmp_path: Path) -> None:
+    write_pickle(tmp_path / release.folder / "data_batch_2", batch(99))
+    provenance = data.load("cifar10", tmp_path).provenance
+    assert provenance["original"] is False
+    assert provenance["note"] == "not the original files: data_batch_2"
+
+
+def test_cifar100_uses_the_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = data.CIFAR["cifar100"]
+    monkeypatch.setitem(data.CIFAR, "cifar100", replace(original, train={"train": COUNT}, test={"test": COUNT}))
+    folder = tmp_path / original.folder
+    folder.mkdir()
+    for seed, name in enumerate(("train", "test")):
+        content = batch(seed, fine_labels=list(range(80, 100)), coarse_labels=[0] * COUNT)
+        del content[b"labels"]
+        write_pickle(folder / name, content)
+    write_pickle(folder / "meta", {b"fine_label_names": [b"x"] * 100, b"coarse_label_names": [b"y"] * 20})
+    dataset = data.load("cifar100", tmp_path)
+    assert dataset.num_classes == 100
+    assert dataset.train_labels.tolist() == list(range(80, 100))
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
+def test_planted_pickle_is_refused_and_not_executed(release: data.CifarRelease, tmp_path: Path, name: str) -> None:
+    target = tmp_path / "proof"
+    path = tmp_path / release.folder / name
+    write_pickle(path, batch(0, data=Plant(target)))
+    pickle.loads(path.read_bytes())[b"data"].close()
+    assert target.exists(), "the plant must work, or the test proves nothing"
+    target.unlink()
+    with pytest.raises(
+        data.DataError, match=rf"{name}: not a readable CIFAR file .* asks for (_?io|__builtin__|builtins).open"
+    ) as caught:
+        data.load("cifar10", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"cbuiltins\neval\n(S'1'\ntR.", b"cos\nsystem\n(S'true'\ntR.", b"cnumpy\nload\n."])
+def test_globals_outside_the_list_are_refused(release: data.CifarRelease, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / release.folder / "test_batch").write_bytes(content)
+    with pytest.raises(data.DataError, match="test_batch: not a readable CIFAR file .*which no CIFAR file needs"):
+        data.load("cifar10", tmp_path)
+
+
+def test_truncated_at_any_byte_is_refused(release: data.CifarRelease, tmp_path: Path) -> None:
+    path = tmp_path / release.folder / "data_batch_1"
+    content = path.read_bytes()
+    for size in [0, 1, 2, 50, 1000, len(content) // 2, len(content) - 500, len(content) - 1]:
+        path.write_bytes(content[:size])
+        with pytest.raises(data.DataError, match="data_batch_1: not a readable CIFAR file"):
+            data.load("cifar10", tmp_path)
+
+
+def test_mutations_never_raise_anything_but_a_data_error(release: data.CifarRelease, tmp_path: Path) -> None:
+    path = tmp_path / release.folder / "data_batch_1"
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    start = content.find(batch(0)[b"data"].tobytes()[:64])
+    structure = [*range(200), *range(start - 200, start), *range(len(content) - 400, len(content))]
+    refused = 0
+    for position in rng.choice([p for p in structure if p >= 0], 300):
+        mutated = bytearray(content)
+        mutated[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(mutated)
+        try:
+            data.load("cifar10", tmp_path)
+        except data.DataError as error:
+            assert "data_batch_1" in str(error)
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "expected an array under 'data'"),
+        ({"data": b"abc"}, "expected an array under 'data'"),
+        ({"data": np.zeros((COUNT, 3071), np.uint8)}, r"expected 'data' of shape \(20, 3072\).*got \(20, 3071\)"),
+        ({"data": np.zeros((COUNT - 1, 3072), np.uint8)}, r"expected 'data' of shape \(20, 3072\).*got \(19, 3072\)"),
+        ({"data": np.zeros((COUNT, 3072), np.float32)}, "expected .*type u1 .*, f4"),
+        ({"data": np.asfortranarray(np.zeros((COUNT, 3072), np.uint8))}, "expected .*C order, got .*Fortran order"),
+        ({"labels": [0] * (COUNT - 1)}, "expected 20 labels, got 19"),
+        ({"labels": [0] * (COUNT - 1) + [10]}, "expected labels between 0 and 9, got 10"),
+        ({"labels": [-1] * COUNT}, "expected labels between 0 and 9, got -1"),
+        ({"labels": ["0"] * COUNT}, "expected a list of integers under 'labels'"),
+        ({"labels": None}, "expected a list of integers under 'labels'"),
+    ],
+)
+def test_wrong_content_is_named(release: data.CifarRelease, tmp_path: Path, changes: dict, message: str) -> None:
+    path = tmp_path / release.folder / "data_batch_4"
+    write_pickle(path, batch(0, **changes))
+    with pytest.raises(data.DataError, match=rf"data_batch_4: {message}"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1], "expected a dictionary, got list"),
+        ({b"label_names": [b"a"] * 9}, "expected 10 class names, got 9"),
+        ({}, "expected a list of class names under 'label_names'"),
+    ],
+)
+def test_wrong_meta_is_named(release: data.CifarRelease, tmp_path: Path, value: Any, message: str) -> None:
+    write_pickle(tmp_path / release.folder / "batches.meta", value)
+    with pytest.raises(data.DataError, match=rf"batches\.meta: {message}"):
+        data.load("cifar10", tmp_path)
+
+
+def test_half_a_data_set_names_what_is_missing(release: data.CifarRelease, tmp_path: Path) -> None:
+    (tmp_path / release.folder / "data_batch_5").unlink()
+    (tmp_path / release.folder / "test_batch").unlink()
+    with pytest.raises(data.DataError, match="expected 7 files, missing data_batch_5, test_batch"):
+        data.load("cifar10", tmp_path)
+
+
+def test_missing_data_says_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="put the folder cifar-10-batches-py or .* into .*nowhere, or pass --down"):
+        data.load("cifar10", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_archive_is_checked_and_unpacked(archive: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive)
+    assert data.load("cifar10", tmp_path).provenance["original"] is True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+
+
+def test_damaged_archive_leaves_nothing_behind(archive: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[:-10])
+    with pytest.raises(data.DataError, match=r"cifar-10-python\.tar\.gz: expected MD5 .* got "):
+        data.load("cifar10", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
+
+
+def test_archive_of_other_files_is_refused(
+    release: data.CifarRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / release.archive
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tmp_path / release.folder / "test_batch", "../test_batch")
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(data.CIFAR, "cifar10", replace(release, folder="unpacked", archive_md5=md5))
+    with pytest.raises(data.DataError, match="not the cifar10 archive: .*data_batch_1"):
+        data.load("cifar10", tmp_path)
+    assert not (tmp_path / "unpacked").exists()
+
+
+@pytest.fixture
+def server(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes | int]]:
+    """Serves the archive on this machine; what it sends and the length it announces can be changed."""
+    answer: dict[str, bytes | int] = {"body": archive, "length": len(archive)}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(answer["length"]))
+            self.end_headers()
+            self.wfile.write(answer["body"])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{httpd.server_address[1]}/cifar-10-python.tar.gz"
+        monkeypatch.setitem(data.CIFAR, "cifar10", replace(data.CIFAR["cifar10"], url=url))
+        yield answer
+        httpd.shutdown()
+        thread.join()
+
+
+def test_download(server: dict, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "data"
+    dataset = data.load("cifar10", target, download=True)
+    assert len(dataset.train_images) == 5 * COUNT
+    assert sorted(path.name for path in target.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+
+
+def test_download_of_other_bytes_is_refused(server: dict, tmp_path: Path) -> None:
+    server["body"] = bytes(len(server["body"]))
+    with pytest.raises(data.DataError, match=r"expected MD5 .*, got .*damaged or incomplete"):
+        data.load("cifar10", tmp_path, download=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_a_download_is_refused(server: dict, tmp_path: Path) -> None:
+    size = server["length"]
+    server["body"] = server["body"][: size // 2]
+    with pytest.raises(
+        data.DataError, match=rf"cannot download http.* {size // 2} of {size} bytes; without network put"
+    ):
+        data.load("cifar10", tmp_path, download=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_network_says_where_to_put_the_files(
+    archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(data.CIFAR, "cifar10", replace(data.CIFAR["cifar10"], url="http://127.0.0.1:9/cifar-10.tar.gz"))
+    with pytest.raises(data.DataError, match="cannot download .*; without network put the folder .* into ") as caught:
+        data.load("cifar10", tmp_path, download=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_digits_split_is_fixed_and_stratified() -> None:
+    first, second = data.load("digits"), data.load("digits")
+    assert torch.equal(first.train_images, second.train_images)
+    assert len(first.train_images) + len(first.test_images) == 1797
+    assert first.train_images.shape[1:] == (1, 8, 8)
+    assert int(first.train_images.max()) == 255
+    counts = first.test_labels.bincount(minlength=10) / torch.cat([first.train_labels, first.test_labels]).bincount()
+    assert torch.all((counts - 0.2).abs() < 0.01)
+    other = data.load("digits", seed=1)
+    assert not torch.equal(first.test_images, other.test_images)
+    assert first.provenance["sha256"] == other.provenance["sha256"]
+
+
+def test_split_partitions_the_training_images_and_never_touches_the_test_images() -> None:
+    dataset = data.load("digits")
+    held = data.split(dataset, 0.25, seed=3)
+    assert len(held.train_images) + len(held.test_images) == len(dataset.train_images)
+
+    def multiset(*parts: torch.Tensor) -> list[bytes]:
+        return sorted(image.numpy().tobytes() for part in parts for image in part)
+
+    assert multiset(held.train_images, held.test_images) == multiset(dataset.train_images)
+    assert held.provenance["validation"] == {"fraction": 0.25, "seed": 3}
+    assert held.normalization.mean != dataset.normalization.mean
+    again = data.split(dataset, 0.25, seed=3)
+    assert torch.equal(again.test_images, held.test_images)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])
+def test_split_fraction_is_checked(fraction: float) -> None:
+    with pytest.raises(ValueError, match="fraction must be between 0 and 1, got"):
+        data.split(data.load("digits"), fraction)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mnist"}, "data must be one of digits, cifar10, cifar100, folder, got 'mnist'"),
+        ({"name": "folder"}, "data_dir is needed"),
+        ({"name": "digits", "test_fraction": 1.0}, "test_fraction must be between 0 and 1, got 1.0"),
+        ({"name": "folder", "data_dir": ".", "image_size": 0}, "image_size must be at least 1, got 0"),
+    ],
+)
+def test_load_names_a_wrong_argument(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.load(**arguments)
+
+
+def write_images(root: Path, counts: dict[str, int], size: tuple[int, int] = (6, 4), mode: str = "RGB") -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / name / f"{i}.png")
+
+
+def test_folder_is_split_by_class(tmp_path: Path) -> None:
+    write_images(tmp_path, {"cat": 10, "ant": 5})
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / ".cache").mkdir()
+    dataset = data.load("folder", tmp_path, image_size=8)
+    assert dataset.classes == ("ant", "cat")
+    assert dataset.train_images.shape == (12, 3, 8, 8)
+    assert dataset.train_labels.tolist() == [0] * 4 + [1] * 8
+    assert dataset.test_labels.tolist() == [0] + [1] * 2
+    again = data.load("folder", tmp_path, image_size=8)
+    assert torch.equal(dataset.test_images, again.test_images)
+    assert dataset.provenance == again.provenance
+
+
+def test_folder_keeps_pixels_at_their_own_size_and_turns_grey_into_rgb(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write_images(tmp_path, {"a": 2, "b": 2}, size=(5, 5), mode="L")
+    dataset = data.load("folder", tmp_path, image_size=5)
+    grey = {np.asarray(Image.open(path)).tobytes() for path in tmp_path.rglob("*.png")}
+    images = torch.cat([dataset.train_images, dataset.test_images])
+    assert {image[0].numpy().tobytes() for image in images} == grey
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_folder_with_its_own_test_split(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", {"a": 3, "b": 3})
+    write_images(tmp_path / "test", {"a": 1, "b": 2})
+    dataset = data.load("folder", tmp_path)
+    assert len(dataset.train_images) == 6
+    assert dataset.test_labels.tolist() == [0, 1, 1]
+    (tmp_path / "test" / "c").mkdir()
+    with pytest.raises(data.DataError, match="test: expected the classes a, b, got a, b, c"):
+        data.load("folder", tmp_path)
+
+
+def test_folder_errors_name_the_path(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="nowhere: no such directory"):
+        data.load("folder", tmp_path / "nowhere")
+    with pytest.raises(data.DataError, match="expected at least 2 sub-directories, one per class, got 0"):
+        data.load("folder", tmp_path)
+    write_images(tmp_path, {"a": 2, "b": 0})
+    with pytest.raises(data.DataError, match="b: expected images .*, found none"):
+        data.load("folder", tmp_path)
+    whole = (tmp_path / "a" / "0.png").read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        (tmp_path / "b" / "broken.png").write_bytes(content)
+        with pytest.raises(data.DataError, match=r"broken\.png: not a readable image"):
+            data.load("folder", tmp_path)
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 2, "b": 1})
+    with pytest.raises(data.DataError, match="class 1 must have at least 2 images to be split, got 1"):
+        data.load("folder", tmp_path)
+
+
+def test_normalization_matches_numpy() -> None:
+    dataset = data.load("digits")
+    pixels = dataset.train_images.numpy() / 255
+    torch.testing.assert_close(dataset.normalization.mean, torch.tensor([pixels.mean()], dtype=torch.float32))
+    torch.testing.assert_close(dataset.normalization.std, torch.tensor([pixels.std()], dtype=torch.float32))
+    normalized = data.normalize(dataset.train_images, dataset.normalization)
+    assert abs(normalized.mean().item()) < 1e-5
+    assert abs(normalized.std().item() - 1) < 1e-3
+
+
+def test_constant_images_do_not_divide_by_zero() -> None:
+    dataset = data.load("digits")
+    flat = replace(dataset, train_images=torch.full_like(dataset.train_images, 7))
+    assert data.normalize(flat.train_images, flat.normalization).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_augment_takes_a_window_of_the_padded_image(flip: bool) -> None:
+    images = torch.arange(1, 1 + 64 * 2 * 5 * 6, dtype=torch.int32).view(64, 2, 5, 6)
+    out = data.augment(images, data.Augmentation(2, flip), torch.Generator().manual_seed(0))
+    assert out.shape == images.shape
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    seen = set()
+    for image, source in zip(out.numpy(), padded, strict=True):
+        places = [
+            (top, left, mirrored)
+            for top in range(5)
+            for left in range(5)
+            for mirrored in (False, True)
+            if np.array_equal(image, source[:, top : top + 5, left : left + 6][:, :, :: -1 if mirrored else 1])
+        ]
+        assert len(places) == 1
+        seen.add(places[0])
+    assert {top for top, _, _ in seen} == set(range(5))
+    assert {left for _, left, _ in seen} == set(range(5))
+    assert {mirrored for _, _, mirrored in seen} == ({False, True} if flip else {False})
+
+
+def test_same_generator_state_gives_the_same_batches() -> None:
+    dataset = data.load("digits")
+
+    def epoch(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(
+            data.batches(
+                dataset.train_images,
+                dataset.train_labels,
+                100,
+                normalization=dataset.normalization,
+                generator=torch.Generator().manual_seed(seed),
+                augmentation=dataset.augmentation,
+            )
+        )
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert len(first) == 14  # of 1438 images; the last 38 are left out
+    assert all(torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
+
+
+def test_batches_in_the_given_order_hold_every_image() -> None:
+    dataset = data.load("digits")
+    images, labels = dataset.test_images, dataset.test_labels
+    chunks = list(data.batches(images, labels, 100, normalization=dataset.normalization, channels_last=True))
+    assert [len(x) for x, _ in chunks] == [100, 100, 100, 59]
+    assert torch.equal(torch.cat([x for x, _ in chunks]), data.normalize(images, dataset.normalization))
+    assert torch.equal(torch.cat([y for _, y in chunks]), labels)
+
+
+def test_batch_larger_than_the_data_set_is_all_of_it() -> None:
+    dataset = data.load("digits")
+    generator = torch.Generator().manual_seed(0)
+    (x, _), *rest = data.batches(
+        dataset.test_images, dataset.test_labels, 10_000, normalization=dataset.normalization, generator=generator
+    )
+    assert len(x) == len(dataset.test_images)
+    assert not rest
+
+
+def test_augmentation_without_a_generator_is_an_error() -> None:
+    dataset = data.load("digits")
+    with pytest.raises(ValueError, match="generator must be given"):
+        next(
+            data.batches(
+                dataset.test_images,
+                dataset.test_labels,
+                8,
+                normalization=dataset.normalization,
+                augmentation=dataset.augmentation,
+            )
+        )
+
+
+def test_calibration_batches_are_re_iterable_training_images_without_labels() -> None:
+    dataset = data.load("digits")
+    calibration = data.calibration_batches(dataset, 50, 20)
+    first, second = list(calibration), list(calibration)
+    assert [len(x) for x in first] == [20, 20, 10]
+    assert len(calibration) == 3
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    train = {x.numpy().tobytes() for x in data.normalize(dataset.train_images, dataset.normalization)}
+    assert {x.numpy().tobytes() for x in torch.cat(first)} <= train
+    with pytest.raises(ValueError, match="count must be between 1 and 1438 training images, got 1439"):
+        data.calibration_batches(dataset, 1439)
