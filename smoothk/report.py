@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of named columns. `str` aligns them for a terminal; numbers keep full precision in JSON and CSV."""
+    """Rows of named columns. `str` aligns them for a terminal; numbers keep full precision in JSON and CSV.
+
+    ``formats`` holds a format specification for columns whose numbers should not have the default one.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         cells = self._cells()
@@ -47,12 +51,16 @@ class Table:
         return [any(isinstance(row[i], int | float) for row in self.rows) for i in range(len(self.columns))]
 
     def _cells(self) -> list[list[str]]:
-        return [list(self.columns), *([_format(value) for value in row] for row in self.rows)]
+        specs = [self.formats.get(column) for column in self.columns]
+        body = ([_format(value, spec) for value, spec in zip(row, specs, strict=True)] for row in self.rows)
+        return [list(self.columns), *body]
 
 
-def _format(value: object) -> str:
+def _format(value: object, spec: str | None) -> str:
     if value is None:
         return ""
+    if isinstance(value, int | float) and spec is not None:
+        return format(value, spec)
     if isinstance(value, bool | str):
         return str(value)
     if isinstance(value, int):

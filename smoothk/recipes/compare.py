@@ -1,0 +1,299 @@
+"""Compression methods on trained networks, under one protocol.
+
+Every method gets the same trained network and the same budget, a share of all parameters, and takes no gradient step.
+Accuracy is measured twice on the test images: data-free, and after batch norm has been recalibrated on unlabelled
+training images.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+import smoothk
+from smoothk.macs import count_macs
+from smoothk.recipes import data, pruning
+from smoothk.recipes.provenance import stamp
+from smoothk.recipes.train import FREE_FIELDS, TrainConfig, TrainResult, evaluate
+from smoothk.report import Table
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compress: ``(model, keep) -> new model``, its name in tables, and how parameters are counted."""
+
+    label: str
+    compress: Callable[[nn.Module, float], nn.Module]
+    count: Callable[[nn.Module], int]
+    note: str = ""
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of ``model``, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _svd(**options: Any) -> Callable[[nn.Module, float], nn.Module]:
+    return lambda model, keep: smoothk.compress(model, keep, **options).model
+
+
+METHODS: dict[str, Method] = {
+    "svd": Method("SVD, global ranks", _svd(method="global", scheme="auto"), count_parameters),
+    "svd-spatial": Method("SVD, global ranks, spatial", _svd(method="global", scheme="spatial"), count_parameters),
+    "svd-energy": Method("SVD, equal energy", _svd(method="energy", scheme="auto"), count_parameters),
+    "svd-uniform": Method("SVD, uniform ranks", _svd(method="uniform", scheme="channel"), count_parameters),
+    "l1-weights": Method(
+        "L1 weight pruning", pruning.prune_weights, pruning.count_nonzero, "nonzero weights; no speed-up"
+    ),
+    "l1-filters": Method("L1 filter pruning", pruning.prune_filters, count_parameters),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network that takes part: the model in eval mode and how it was trained."""
+
+    name: str
+    model: nn.Module
+    config: TrainConfig
+
+    @classmethod
+    def of(cls, name: str, run: TrainResult) -> Network:
+        """The network that a training run left."""
+        return cls(name, run.model, run.config)
+
+    @property
+    def penalty(self) -> str:
+        """The penalty's terms, e.g. ``"nuclear 0.0002 (spatial)"``; ``"none"`` without one."""
+        c = self.config
+        detail = f"{c.norm}, normalized" if c.normalized else c.norm
+        terms = [
+            (c.first_order, f"first-order {c.first_order:g} ({detail})"),
+            (c.second_order, f"second-order {c.second_order:g} ({detail})"),
+            (c.nuclear, f"nuclear {c.nuclear:g} ({c.unfolding}{', normalized' if c.normalized else ''})"),
+        ]
+        return " + ".join(text for value, text in terms if value) or "none"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network compressed by one method to one size. Accuracies in %; drops in points below the dense network.
+
+    ``parameters`` and everything after it is None where the method cannot reach ``keep``; ``note`` says why.
+    ``seconds`` is the time of the compression itself, recalibration not included.
+    """
+
+    network: str
+    penalty: str
+    seed: int
+    method: str
+    keep: float
+    parameters_before: int
+    macs_before: int
+    dense_accuracy: float
+    parameters: int | None = None
+    macs: int | None = None
+    accuracy: float | None = None
+    accuracy_recalibrated: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+    @property
+    def drop(self) -> float | None:
+        """Points lost, data-free."""
+        return None if self.accuracy is None else self.dense_accuracy - self.accuracy
+
+    @property
+    def drop_recalibrated(self) -> float | None:
+        """Points lost after recalibration."""
+        return None if self.accuracy_recalibrated is None else self.dense_accuracy - self.accuracy_recalibrated
+
+
+ROW_FIELDS = tuple(item.name for item in fields(Row))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, and where they come from: ``data`` (the images), ``recipe`` (what the networks share), ``provenance``."""
+
+    title: str
+    data: dict[str, Any]
+    calibration_images: int
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """Read the text of `to_json`; ValueError if it is none."""
+        try:
+            values = json.loads(text)
+            return cls(**{**values, "rows": tuple(Row(**row) for row in values["rows"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"text must be the JSON of a Comparison, got {text[:60]!r} ({error})") from None
+
+    def rows_table(self) -> Table:
+        """Every row with all its fields, for CSV."""
+        return Table(
+            [*ROW_FIELDS, "drop", "drop_recalibrated"],
+            [[*(getattr(row, name) for name in ROW_FIELDS), row.drop, row.drop_recalibrated] for row in self.rows],
+        )
+
+    def table(self) -> Table:
+        """Means over seeds, a line for each size, method and network; "sd" is the sample standard deviation."""
+        columns = ["kept %", "method", "network", "parameters", "MACs", "dense", "data-free", "sd", "drop"]
+        columns += ["+BN", "sd +BN", "drop +BN"]
+        lines: list[list[object]] = []
+        for (keep, method, network), rows in self.groups().items():
+            line: list[object] = [100 * keep, METHODS[method].label, network]
+            if any(row.parameters is None for row in rows):
+                lines.append([*line, "unreachable", None, mean(rows, "dense_accuracy"), *[None] * 6])
+                continue
+            line += [round(mean(rows, "parameters")), round(mean(rows, "macs")), mean(rows, "dense_accuracy")]
+            for value, drop in (("accuracy", "drop"), ("accuracy_recalibrated", "drop_recalibrated")):
+                line += [mean(rows, value), _deviation(rows, value), mean(rows, drop)]
+            lines.append(line)
+        formats = dict.fromkeys(columns[5:], ".2f")
+        return Table(columns, lines, {"kept %": "g", **formats})
+
+    def overview(self) -> Table:
+        """A line for each size and method, a column for each network: accuracy data-free / after recalibration."""
+        groups = self.groups()
+        networks = list(dict.fromkeys(row.network for row in self.rows))
+        dense = [mean([row for row in self.rows if row.network == name], "dense_accuracy") for name in networks]
+        lines: list[list[object]] = [[100, "dense", *(f"{accuracy:6.2f}" for accuracy in dense)]]
+        for keep, method in dict.fromkeys((row.keep, row.method) for row in self.rows):
+            cells = [_pair(groups.get((keep, method, name), [])) for name in networks]
+            lines.append([100 * keep, METHODS[method].label, *cells])
+        return Table(["kept %", "method", *networks], lines, {"kept %": "g"})
+
+    def groups(self) -> dict[tuple[float, str, str], list[Row]]:
+        """Rows by (keep, method, network): one row per seed."""
+        groups: dict[tuple[float, str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.keep, row.method, row.network), []).append(row)
+        return groups
+
+
+def mean(rows: Sequence[Row], name: str) -> float:
+    """Mean of a field that all ``rows`` have."""
+    return statistics.fmean(getattr(row, name) for row in rows)
+
+
+def _deviation(rows: Sequence[Row], name: str) -> float | None:
+    return statistics.stdev(getattr(row, name) for row in rows) if len(rows) > 1 else None
+
+
+def _pair(rows: Sequence[Row]) -> str:
+    if not rows or any(row.accuracy is None for row in rows):
+        return "unreachable"
+    return f"{mean(rows, 'accuracy'):6.2f} / {mean(rows, 'accuracy_recalibrated'):6.2f}"
+
+
+def compare(
+    networks: Sequence[Network],
+    dataset: data.DataSet,
+    keeps: Sequence[float],
+    methods: Sequence[str],
+    *,
+    title: str,
+    calibration_images: int = 5000,
+    progress: bool = True,
+) -> Comparison:
+    """Compress every network by every method to every size and measure what is left.
+
+    Args:
+        networks: trained on ``dataset``; they are not changed.
+        dataset: accuracy is that on its test images.
+        keeps: shares of all parameters that may remain.
+        methods: keys of `METHODS`.
+        title: what is compared, in a few words.
+        calibration_images: unlabelled training images for the recalibration; at most as many as there are.
+        progress: one line per network and size on stderr.
+
+    Raises:
+        ValueError: an unknown method, or nothing to compare. A size that a method cannot reach is a row, no error.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not (networks and keeps and methods):
+        raise ValueError(f"methods must be of {', '.join(METHODS)}, one network and size at least, got {unknown}")
+    count = min(calibration_images, len(dataset.train_images))
+    calibration = data.calibration_batches(dataset, count)
+    rows = []
+    for network in networks:
+        bench = _Bench(network, dataset, calibration)
+        for keep in keeps:
+            rows += [bench.row(name, keep) for name in methods]
+            if progress:
+                print(f"{network.name}, seed {network.config.seed}: {100 * keep:g} % kept", file=sys.stderr, flush=True)
+    return Comparison(title, dataset.provenance, count, _shared(networks), stamp(), tuple(rows))
+
+
+class _Bench:
+    """One network and the images to measure it with."""
+
+    def __init__(self, network: Network, dataset: data.DataSet, calibration: data.CalibrationBatches) -> None:
+        self.network, self.dataset, self.calibration = network, dataset, calibration
+        self.example = data.normalize(dataset.test_images[:1], dataset.normalization)
+        self.start = Row(
+            network=network.name,
+            penalty=network.penalty,
+            seed=network.config.seed,
+            method="dense",
+            keep=1.0,
+            parameters_before=count_parameters(network.model),
+            macs_before=count_macs(network.model, self.example),
+            dense_accuracy=self._accuracy(network.model),
+        )
+
+    def row(self, method: str, keep: float) -> Row:
+        row = replace(self.start, method=method, keep=keep, note=METHODS[method].note)
+        started = time.perf_counter()
+        try:
+            model = METHODS[method].compress(self.network.model, keep)
+        except ValueError as error:
+            return replace(row, note=str(error))
+        seconds = time.perf_counter() - started
+        accuracy = self._accuracy(model)
+        smoothk.recalibrate_batch_norm(model, self.calibration)
+        return replace(
+            row,
+            parameters=METHODS[method].count(model),
+            macs=count_macs(model, self.example),
+            accuracy=accuracy,
+            accuracy_recalibrated=self._accuracy(model),
+            seconds=round(seconds, 3),
+        )
+
+    def _accuracy(self, model: nn.Module) -> float:
+        return measure(model, self.dataset, self.network.config)
+
+
+def measure(model: nn.Module, dataset: data.DataSet, config: TrainConfig) -> float:
+    """Test accuracy in %, in the precision and memory format of the training run."""
+    return evaluate(
+        model,
+        dataset.test_images,
+        dataset.test_labels,
+        normalization=dataset.normalization,
+        precision=config.precision,
+        channels_last=config.channels_last,
+    )
+
+
+def _shared(networks: Sequence[Network]) -> dict[str, Any]:
+    """The fields of the configurations in which all networks agree; files and threads are no part of a recipe."""
+    first, *others = (network.config.to_json() for network in networks)
+    private = FREE_FIELDS | {"threads"}
+    return {k: v for k, v in first.items() if k not in private and all(other[k] == v for other in others)}
