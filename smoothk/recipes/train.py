@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import pickle
 import re
 import sys
 import time
@@ -207,7 +206,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     done = (step - rise) / max(total_steps - 1 - rise, 1)
     if config.schedule == "cosine":
         if step < rise:
-            return config.lr * (step + 1) / rise
+            return config.lr * min((step + 1) / rise, 1.0)
         return config.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
     low, high, end = config.lr / 25, config.lr, config.lr / 250_000
     if step < rise:
@@ -490,7 +489,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its content does not match its SHA-256: it is truncated or changed")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+    except Exception as error:  # a foreign pickle can raise nearly anything
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     wanted = {"config", "data", "model", "optimizer", "cpu_rng", "cuda_rng", "history"}
     if not isinstance(state, dict) or set(state) != wanted:

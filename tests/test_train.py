@@ -1,0 +1,402 @@
+"""Training: reproducible to the bit, safe to kill, and clear about what it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import smoothk
+from smoothk.checkpoint import CheckpointError
+from smoothk.recipes import data, train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"width": 0.25, "epochs": 3, "batch_size": 64, "lr": 0.1, "threads": 1}
+
+
+def config(out_dir: Path | None = None, **changes: Any) -> train.TrainConfig:
+    return train.TrainConfig(**{**TINY, "out_dir": str(out_dir) if out_dir else None, **changes})
+
+
+def run(out_dir: Path | None = None, *, resume: bool = False, **changes: Any) -> train.TrainResult:
+    return train.train(config(out_dir, **changes), resume=resume, progress=False)
+
+
+def assert_same_bits(first: nn.Module, second: nn.Module) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, train.TrainResult]:
+    out_dir = tmp_path_factory.mktemp("finished")
+    return out_dir, run(out_dir, first_order=1e-3, penalty_warmup=1.5)
+
+
+def test_training_learns_the_digits() -> None:
+    result = run(epochs=5)
+    assert result.test_accuracy > 90
+    assert [record["epoch"] for record in result.history] == [1, 2, 3, 4, 5]
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert not result.model.training
+    dataset = result.dataset
+    again = train.evaluate(
+        result.model, dataset.test_images, dataset.test_labels, 100, normalization=dataset.normalization
+    )
+    assert again == pytest.approx(result.test_accuracy)
+
+
+def test_same_seed_same_bits_and_the_callers_random_state_is_kept() -> None:
+    torch.manual_seed(7)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    torch.rand(3)
+    assert_same_bits(first.model, run().model)
+    other = run(seed=1)
+    assert not torch.equal(other.model.fc.weight, first.model.fc.weight)
+
+
+def test_penalty_changes_the_weights_and_is_recorded_with_its_warm_up(
+    finished: tuple[Path, train.TrainResult],
+) -> None:
+    smooth = finished[1]
+    plain = run()
+    assert all(record["penalty"] == 0 for record in plain.history)
+    assert all(record["penalty"] > 0 for record in smooth.history)
+    assert not torch.equal(smooth.model.fc.weight, plain.model.fc.weight)
+
+
+def test_strong_penalty_smooths() -> None:
+    def roughness(model: nn.Module) -> float:
+        return sum(smoothk.difference_penalty(w, normalized=True).item() for w in conv_weights(model))
+
+    def conv_weights(model: nn.Module) -> list[torch.Tensor]:
+        return [module.weight.detach() for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+    assert roughness(run(first_order=0.05).model) < 0.9 * roughness(run().model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"second_order": 1e-4, "norm": "huber"},
+        {"nuclear": 1e-4, "unfolding": "spatial"},
+        {"first_order": 1e-3, "normalized": True, "schedule": "cosine", "precision": "bf16", "channels_last": False},
+    ],
+)
+def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    whole = run(**options)
+    epoch = train._Run.epoch
+
+    def epoch_once(self: train._Run, progress: bool) -> None:
+        if self.history:
+            raise KeyboardInterrupt
+        epoch(self, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "epoch", epoch_once)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **options)
+    torch.rand(5)
+    resumed = run(tmp_path, resume=True, **options)
+    assert len(resumed.history) == 3
+    assert_same_bits(resumed.model, whole.model)
+
+
+DROPOUT = """
+from torch import nn
+def factory(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, 32), nn.ReLU(), nn.Dropout(0.5),
+                         nn.Linear(32, num_classes))
+"""
+
+
+def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL twice, in a process of its own; dropout makes the run depend on the global random state."""
+    (tmp_path / "dropout_net.py").write_text(DROPOUT)
+    monkeypatch.syspath_prepend(tmp_path)
+    out_dir = tmp_path / "run"
+    options = {"model": "dropout_net:factory", "epochs": 60, "first_order": 1e-4}
+    script = (
+        "import json, sys\n"
+        "from smoothk.recipes import train\n"
+        "train.train(train.TrainConfig(**json.loads(sys.argv[1])), resume=True, progress=False)\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(config(out_dir, **options).to_json())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    history = out_dir / "history.json"
+    for epochs in (1, 20):
+        with subprocess.Popen(command, env=environment) as process:
+            while process.poll() is None and not (history.exists() and history.read_text().count("epoch") >= epochs):
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, "the run must be killed before its end"
+        assert epochs <= len(train.read_state(out_dir / "checkpoint.pt")["history"]) < 60
+    run(out_dir, resume=True, **options)
+    run(tmp_path / "whole", **options)
+    assert (out_dir / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in out_dir.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "history.json",
+        "model.safetensors",
+    ]
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: tuple[Path, train.TrainResult]) -> None:
+    out_dir, result = finished
+    before = (out_dir / "checkpoint.pt").read_bytes()
+    again = train.train(result.config, resume=True, progress=False)
+    assert again.history == result.history
+    assert_same_bits(again.model, result.model)
+    assert (out_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_run_directory_gives_the_model_back(finished: tuple[Path, train.TrainResult]) -> None:
+    out_dir, result = finished
+    model, loaded = train.load_run(out_dir)
+    assert loaded == result.config
+    assert not model.training
+    assert_same_bits(model, result.model)
+    assert json.loads((out_dir / "history.json").read_text()) == result.history
+    description = json.loads((out_dir / "config.json").read_text())
+    assert description["data"] == result.dataset.provenance
+    assert description["classes"] == list(result.dataset.classes)
+
+
+def test_load_run_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; .* holds no run"):
+        train.load_run(tmp_path)
+    for text in ("{", "[]", '{"config": {"colour": 1}}', '{"config": {"epochs": "8"}}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json: not the configuration of a run"):
+            train.load_run(tmp_path)
+    description = {"config": config().to_json(), "num_classes": 10, "in_channels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="the run is not finished"):
+        train.load_run(tmp_path)
+
+
+def test_an_existing_run_is_not_overwritten(finished: tuple[Path, train.TrainResult]) -> None:
+    with pytest.raises(ValueError, match="already holds a run: resume it"):
+        train.train(finished[1].config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.2}, "belongs to a run with lr=0.1, the configuration has 0.2"),
+        ({"epochs": 4}, "epochs=3, the configuration has 4"),
+        ({"first_order": 0.0}, "first_order=0.001, the configuration has 0.0"),
+    ],
+)
+def test_resuming_with_another_configuration_names_the_field(
+    finished: tuple[Path, train.TrainResult], changes: dict, message: str
+) -> None:
+    out_dir, result = finished
+    before = {path: path.read_bytes() for path in out_dir.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        train.train(dataclasses.replace(result.config, **changes), resume=True, progress=False)
+    assert {path: path.read_bytes() for path in out_dir.iterdir()} == before
+
+
+def test_resuming_on_other_images_is_refused(
+    finished: tuple[Path, train.TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = data.load("digits", seed=5)
+    monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
+    with pytest.raises(ValueError, match="run on other images"):
+        train.train(finished[1].config, resume=True, progress=False)
+
+
+def test_moved_run_with_another_checkpoint_interval_resumes(
+    finished: tuple[Path, train.TrainResult], tmp_path: Path
+) -> None:
+    out_dir, result = finished
+    (tmp_path / "checkpoint.pt").write_bytes((out_dir / "checkpoint.pt").read_bytes())
+    moved = dataclasses.replace(result.config, out_dir=str(tmp_path), checkpoint_every=2, data_dir="elsewhere")
+    assert_same_bits(train.train(moved, resume=True, progress=False).model, result.model)
+
+
+def test_damaged_checkpoint_is_refused_before_it_is_parsed(
+    finished: tuple[Path, train.TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (finished[0] / "checkpoint.pt").read_bytes()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    assert len(train.read_state(path)["history"]) == 3
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("parsed a damaged file"))
+    header = len(train.MAGIC) + 32
+    for size in (0, 5, len(train.MAGIC), header - 1, header, header + 100, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
+            train.read_state(path)
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(len(content), (50,), generator=generator).tolist():
+        mutated = bytearray(content)
+        mutated[position] ^= 1
+        path.write_bytes(mutated)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
+            train.read_state(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(CheckpointError, match="does not match its SHA-256"):
+        train.read_state(path)
+
+
+def test_planted_pickle_behind_a_right_checksum_is_not_executed(tmp_path: Path) -> None:
+    import hashlib
+    import pickle
+
+    proof = tmp_path / "proof"
+
+    class Plant:
+        def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+            return open, (str(proof), "x")
+
+    path = tmp_path / "checkpoint.pt"
+    for payload in (pickle.dumps(Plant(), protocol=2), b"", b"text", pickle.dumps([1, 2], protocol=2)):
+        path.write_bytes(train.MAGIC + hashlib.sha256(payload).digest() + payload)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
+            train.read_state(path)
+    assert not proof.exists()
+
+
+def test_validation_images_come_out_of_the_training_images() -> None:
+    dataset = run(validation=0.2, epochs=1).dataset
+    assert len(dataset.train_images) + len(dataset.test_images) == 1438
+    assert dataset.provenance["validation"]["fraction"] == 0.2
+
+
+def test_divergence_is_reported_and_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is not finite in epoch 1 .*: lower lr \(1e\+20\)"):
+        run(tmp_path, lr=1e20, warmup=0.0)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_progress_is_a_line_per_epoch_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    train.train(config(epochs=2), progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    run(epochs=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluate_restores_the_mode_of_every_module() -> None:
+    dataset = data.load("digits")
+    model = train.build_model(config(), 10, 1).train()
+    model.bn1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    train.evaluate(model, dataset.test_images, dataset.test_labels, normalization=dataset.normalization)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_one_cycle_is_torchs() -> None:
+    settings = config(lr=0.4, warmup=0.3)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    total = 200
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=total, cycle_momentum=False)
+    expected = []
+    for _ in range(total):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        if len(expected) < total:
+            scheduler.step()
+    ours = [train.learning_rate(settings, step, total) for step in range(total)]
+    # torch counts the rise to the step before 0.3 * total; ours peaks one step later.
+    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 0.4 * 0.02
+    assert max(ours) == pytest.approx(0.4)
+    assert ours[0] == pytest.approx(0.4 / 25)
+    assert ours[-1] == pytest.approx(0.4 / 250_000)
+
+
+def test_cosine_rises_in_a_line_and_falls_to_zero() -> None:
+    settings = config(lr=1.0, warmup=0.1, schedule="cosine")
+    rates = [train.learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    middle = 10 + 89 / 3
+    assert train.learning_rate(settings, middle, 100) == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 7])
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 0.99])
+def test_learning_rate_is_in_range_for_any_length(schedule: str, total: int, warmup: float) -> None:
+    settings = config(lr=0.4, warmup=warmup, schedule=schedule)
+    rates = [train.learning_rate(settings, step, total) for step in range(total)]
+    assert all(0 <= rate <= 0.4 for rate in rates)
+    assert max(rates) > 0
+
+
+def test_config_survives_json() -> None:
+    settings = config(nuclear=2e-4, unfolding="spatial", model="a.b:c")
+    assert train.TrainConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    with pytest.raises(ValueError, match="config has unknown fields: colour"):
+        train.TrainConfig.from_json({"colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "mnist"}, ValueError, "data must be one of digits, .*, got 'mnist'"),
+        ({"arch": "vgg"}, ValueError, "arch must be one of resnet18, .*, got 'vgg'"),
+        ({"schedule": "step"}, ValueError, "schedule must be one of one-cycle, cosine, got 'step'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of fp32, bf16, got 'fp8'"),
+        ({"norm": "l3"}, ValueError, "norm must be one of .*, got 'l3'"),
+        ({"unfolding": "rows"}, ValueError, "unfolding must be one of .*, got 'rows'"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"epochs": 1.5}, TypeError, "epochs must be int, got float"),
+        ({"epochs": True}, TypeError, "epochs must be int, got bool"),
+        ({"batch_size": -4}, ValueError, "batch_size must be at least 1, got -4"),
+        ({"lr": 0.0}, ValueError, "lr must be a finite number above 0, got 0.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be a finite number above 0, got nan"),
+        ({"lr": "0.1"}, TypeError, "lr must be float, got str"),
+        ({"nuclear": -1e-4}, ValueError, "nuclear must be a finite number, at least 0, got -0.0001"),
+        ({"first_order": float("inf")}, ValueError, "first_order must be a finite number, at least 0, got inf"),
+        ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing must be at least 0 and below 1, got nan"),
+        ({"validation": 1.0}, ValueError, "validation must be at least 0 and below 1, got 1.0"),
+        ({"width": -1.0}, ValueError, "width must be a finite number above 0, got -1.0"),
+        ({"device": "toaster"}, ValueError, "device must be .*, got 'toaster'"),
+    ],
+)
+def test_config_names_a_wrong_field(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        config(**changes)
+
+
+def test_missing_cuda_is_said_before_anything_is_loaded() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    with pytest.raises(ValueError, match="device 'cuda' is not available"):
+        run(device="cuda")
+
+
+def test_resume_needs_a_directory() -> None:
+    with pytest.raises(ValueError, match="out_dir must be given to resume"):
+        run(resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    assert len(run(tmp_path / "new", resume=True, epochs=1).history) == 1
