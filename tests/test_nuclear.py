@@ -1,0 +1,231 @@
+"""`smoothk.nuclear_norm`: both unfoldings and every method against NumPy's SVD in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy_reference
+import pytest
+import torch
+from conftest import assert_close_rel
+from torch import Tensor
+
+import smoothk
+from smoothk.reference import NUCLEAR_METHODS
+from smoothk.unfolding import UNFOLDINGS, fold, matrix_shape, unfold
+
+# Linear and 1-d to 3-d kernels; tall, wide and square matrices in either unfolding; one row and one column.
+SHAPES = ((6, 4), (4, 6), (5, 5), (9, 2, 3), (3, 2, 5, 3), (8, 3, 1, 2), (2, 3, 2, 2, 2), (1, 7), (7, 1))
+# The tolerance of a singular value decomposition in the dtype, and what `polar` promises where it resolves everything.
+EXACT = {torch.float64: 1e-12, torch.float32: 2e-5}
+VALUE_ERROR, GRADIENT_ERROR = 1e-3, 1e-2  # of "auto", on any spectrum
+
+
+def value_and_gradient(weight: Tensor, **options: str) -> tuple[Tensor, Tensor]:
+    leaf = weight.detach().requires_grad_()
+    value = smoothk.nuclear_norm(leaf, **options)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def relative_error(actual: Tensor, expected: np.ndarray | float) -> float:
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def with_spectrum(spectrum: Tensor, rows: int, columns: int) -> Tensor:
+    """Random float64 matrix with these singular values."""
+    u = torch.linalg.qr(torch.randn(rows, len(spectrum), dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(columns, len(spectrum), dtype=torch.float64))[0]
+    return u * spectrum.double() @ v.T
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("unfolding", UNFOLDINGS)
+def test_unfoldings_are_those_of_the_definition(shape: tuple[int, ...], unfolding: str) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    (matrix,) = unfold(weight, unfolding)
+    np.testing.assert_array_equal(matrix.numpy(), numpy_reference.unfold(weight.numpy(), unfolding))
+    assert matrix_shape(shape, unfolding) == tuple(matrix.shape)
+    assert torch.equal(fold(matrix.unsqueeze(0), shape, unfolding), weight)
+
+
+@pytest.mark.parametrize("unfolding", UNFOLDINGS)
+def test_every_group_unfolds_by_itself(unfolding: str) -> None:
+    weight = torch.randn(6, 2, 3, 2, dtype=torch.float64)
+    matrices = unfold(weight, unfolding, groups=3)
+    for g, matrix in enumerate(matrices):
+        expected = numpy_reference.unfold(weight[2 * g : 2 * g + 2].numpy(), unfolding)
+        np.testing.assert_array_equal(matrix.numpy(), expected)
+    assert matrix_shape(weight.shape, unfolding, groups=3) == tuple(matrices.shape[1:])
+    assert torch.equal(fold(matrices, weight.shape, unfolding), weight)
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("unfolding", UNFOLDINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("method", NUCLEAR_METHODS)
+def test_value_and_gradient(method: str, shape: tuple[int, ...], unfolding: str, dtype: torch.dtype) -> None:
+    rows, columns = matrix_shape(shape, unfolding)
+    matrix = with_spectrum(torch.linspace(0.5, 2, min(rows, columns)), rows, columns)
+    weight = fold(matrix.unsqueeze(0), shape, unfolding).to(dtype)
+    expected, wanted = numpy_reference.nuclear_norm(weight.double().numpy(), unfolding)
+    value, gradient = value_and_gradient(weight, unfolding=unfolding, method=method)
+    assert value.dtype == gradient.dtype == dtype and value.shape == ()
+    tolerance = 1e-5 if method == "polar" and dtype == torch.float64 else EXACT[dtype]
+    assert relative_error(value, expected) < tolerance
+    assert relative_error(gradient, wanted) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", NUCLEAR_METHODS)
+def test_half_precision_is_computed_in_float32(method: str, dtype: torch.dtype) -> None:
+    weight = with_spectrum(torch.linspace(0.5, 2, 8), 8, 20).mul(1e3).to(dtype)  # Σ w² overflows float16
+    expected, wanted = numpy_reference.nuclear_norm(weight.double().numpy())
+    value, gradient = value_and_gradient(weight, method=method)
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    assert relative_error(value, expected) < 2e-5
+    assert_close_rel(gradient, wanted, dtype)
+
+
+@pytest.mark.parametrize("unfolding", UNFOLDINGS)
+def test_a_vector_counts_as_one_row(unfolding: str) -> None:
+    weight = torch.randn(7, dtype=torch.float64)
+    value, gradient = value_and_gradient(weight, unfolding=unfolding)
+    assert_close_rel(value, weight.norm(), torch.float64)
+    assert_close_rel(gradient, weight / weight.norm(), torch.float64)
+
+
+SPECTRA = {
+    "repeated": torch.tensor([2.0, 2, 2, 1, 1, 1]),
+    "all equal": torch.ones(6),
+    "rank 1": torch.tensor([3.0]),
+    "rank 2, repeated": torch.tensor([3.0, 3]),
+    "half of them zero": torch.tensor([3.0, 2, 1, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "auto", "polar"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("size", [(6, 6), (6, 15), (15, 6)], ids=str)
+def test_repeated_and_zero_singular_values(method: str, spectrum: str, size: tuple[int, int]) -> None:
+    weight = with_spectrum(SPECTRA[spectrum], *size)
+    expected, wanted = numpy_reference.nuclear_norm(weight.numpy(), eps=1e-10)
+    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-3)):
+        value, gradient = value_and_gradient(weight.to(dtype), method=method)
+        assert gradient.isfinite().all()
+        assert relative_error(value, expected) < tolerance
+        assert relative_error(gradient, wanted) < (1e-2 if method == "polar" else tolerance)
+
+
+@pytest.mark.parametrize("method", NUCLEAR_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (3, 2, 2, 2), (5,), (0, 3), (3, 0), (2, 0, 3, 3)], ids=str)
+def test_zero_and_empty_weights_have_zero_gradient(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    value, gradient = value_and_gradient(torch.zeros(shape, dtype=dtype), method=method)
+    assert value == 0 and torch.equal(gradient, torch.zeros(shape, dtype=dtype))
+
+
+def slow_spectra(size: int) -> dict[str, Tensor]:
+    index = torch.arange(1, size + 1, dtype=torch.float64)
+    tail = torch.full((size,), 1e-3, dtype=torch.float64)
+    tail[: size // 8] = 1
+    return {"1/i": 1 / index, "condition 1e6": torch.logspace(0, -6, size), "low rank and tail": tail}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(48, 160), (160, 48), (64, 64)], ids=str)
+@pytest.mark.parametrize("spectrum", ["Gaussian", "1/i", "condition 1e6", "low rank and tail"])
+def test_auto_is_accurate_on_any_spectrum(spectrum: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Compared with the float64 SVD of the very weight that goes in (rounded to its dtype), whose ``U Vᵀ`` leaves out
+    what the contract leaves out: singular values below ``max(rows, columns) * eps * σ_max``, eps that of the dtype
+    computed in."""
+    if spectrum == "Gaussian":
+        matrix = torch.randn(size, dtype=torch.float64)
+    else:
+        matrix = with_spectrum(slow_spectra(min(size))[spectrum], *size)
+    weight = matrix.to(dtype)
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    expected, wanted = numpy_reference.nuclear_norm(weight.double().numpy(), eps=eps)
+    value, gradient = value_and_gradient(weight)
+    assert relative_error(value, expected) <= VALUE_ERROR
+    assert relative_error(gradient, wanted) <= GRADIENT_ERROR
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", NUCLEAR_METHODS)
+def test_nan_and_inf_come_through(method: str, bad: float) -> None:
+    weight = torch.randn(4, 3)
+    weight[1, 2] = bad
+    value, gradient = value_and_gradient(weight, method=method)
+    assert not value.isfinite() and not gradient.isfinite().any()
+
+
+@pytest.mark.parametrize("method", NUCLEAR_METHODS)
+def test_layouts(method: str) -> None:
+    weight = torch.randn(6, 4, 3, 2, dtype=torch.float64)
+    for unfolding in UNFOLDINGS:
+        expected = value_and_gradient(weight, unfolding=unfolding, method=method)
+        for strided in (
+            weight.to(memory_format=torch.channels_last),
+            weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+            torch.stack([weight, weight], -1)[..., 0],
+        ):
+            torch.testing.assert_close(value_and_gradient(strided, unfolding=unfolding, method=method), expected)
+    value, gradient = value_and_gradient(torch.randn(4, 1).expand(4, 3), method="svd")  # expanded: rank 1
+    assert_close_rel(gradient.norm(), 1.0, torch.float32)
+
+
+def test_lists_mix_shapes_and_dtypes() -> None:
+    weights = [torch.randn(4, 3), torch.randn(2, 3, 3, 2, dtype=torch.float64), torch.randn(5, 4).bfloat16()]
+    leaves = [weight.requires_grad_() for weight in weights]
+    value = smoothk.nuclear_norm(leaves, unfolding="spatial")
+    references = [numpy_reference.nuclear_norm(w.detach().double().numpy(), "spatial") for w in leaves]
+    assert value.dtype == torch.float64
+    assert relative_error(value.detach(), sum(v for v, _ in references)) < 1e-6
+    for gradient, (_, wanted), tolerance in zip(
+        torch.autograd.grad(value, leaves), references, (1e-5, 1e-12, 8e-3), strict=True
+    ):
+        assert relative_error(gradient, wanted) < tolerance
+    assert smoothk.nuclear_norm([]) == 0
+
+
+def test_autocast_changes_nothing() -> None:
+    weight = torch.randn(8, 5)
+    for method in NUCLEAR_METHODS:
+        outside = value_and_gradient(weight, method=method)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = value_and_gradient(weight, method=method)
+        assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_second_derivatives_are_an_error_and_never_zero() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    value = smoothk.nuclear_norm(weight) + weight.pow(3).sum()
+    (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="nuclear_norm"):
+        gradient.sum().backward()
+
+
+def test_weights_are_not_written_and_bits_repeat() -> None:
+    weight = torch.randn(40, 90)
+    before = weight.clone()
+    for method in NUCLEAR_METHODS:
+        first, second = value_and_gradient(weight, method=method), value_and_gradient(weight, method=method)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"weights": [torch.ones(3, 2, dtype=torch.int32)]}, TypeError, r"weights\[0\] must .*torch.int32"),
+        ({"weights": [torch.ones(3, 2) * 1j]}, TypeError, r"weights\[0\] must .*complex64"),
+        ({"weights": None}, TypeError, "weights must .*got NoneType"),
+        ({"unfolding": "row"}, ValueError, "unfolding must be one of 'channel', 'spatial', got 'row'"),
+        ({"method": "qr"}, ValueError, "method must be one of 'auto', 'svd', 'gram', 'polar', got 'qr'"),
+        ({"backend": "metal"}, ValueError, "backend must be None or one of"),
+        ({"backend": "cpp"}, smoothk.BackendUnavailable, "backend 'cpp' cannot run nuclear_norm"),
+    ],
+)
+def test_bad_arguments(kwargs: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        smoothk.nuclear_norm(**{"weights": [torch.ones(3, 2)], **kwargs})
