@@ -130,11 +130,11 @@ NUCLEAR_METHODS = ("auto", *_POLAR)
 def polar_factor(weight: Tensor, unfolding: str, method: str) -> tuple[Tensor, Tensor]:
     """``(‖W‖_*, U Vᵀ)`` of one weight; the factor has the weight's shape, both have at least float32."""
     w = weight.detach().to(compute_dtype(weight.dtype))
+    if w.numel() == 0:
+        return w.new_zeros(()), torch.zeros_like(w)
     matrix = unfold(w, unfolding)
     if method == "auto":  # the Gram matrix resolves float32 singular values only when formed in a wider type
         method = "svd" if matrix.dtype == torch.float64 else "gram"
-    if matrix.numel() == 0:
-        return w.new_zeros(()), torch.zeros_like(w)
     if not torch.isfinite(matrix).all():  # the solvers raise; a penalty propagates
         return w.new_full((), torch.nan), torch.full_like(w, torch.nan)
     value, factor = _POLAR[method](matrix, torch.finfo(matrix.dtype).eps)
