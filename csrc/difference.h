@@ -32,6 +32,7 @@ struct DifferenceParams {
   const void* weight;
   void* grad;  // laid out as the weight; null: value only
   Dtype dtype;
+  Dtype grad_dtype;  // dtype, or kFloat32 for a kBFloat16 weight
   Norm norm;
   int64_t order;  // 1 or 2
   double factor;

@@ -65,13 +65,19 @@ void check_weights(const std::vector<Tensor>& weights) {
 void check_grads(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(grads.size() == weights.size(), "grads must have one tensor per weight, got ", grads.size(), " for ",
                   weights.size());
+  if (grads.empty()) return;
   check_weights(grads);
+  const Dtype dtype = dtype_of(weights[0]), grad_dtype = dtype_of(grads[0]);
+  STD_TORCH_CHECK(grad_dtype == dtype || (dtype == Dtype::kBFloat16 && grad_dtype == Dtype::kFloat32),
+                  "grads must have the dtype of the weights, or float32 for bfloat16 weights");
   std::vector<const void*> starts;
   for (size_t t = 0; t < grads.size(); ++t) {
-    const auto expected = weights[t].sizes(), got = grads[t].sizes();
-    STD_TORCH_CHECK(grads[t].scalar_type() == weights[t].scalar_type() && expected.size() == got.size() &&
-                        std::equal(expected.begin(), expected.end(), got.begin()),
-                    "grads[", t, "] must have the shape and dtype of weights[", t, "]");
+    const auto expected = weights[t].sizes(), sizes = grads[t].sizes(), strides = grads[t].strides();
+    STD_TORCH_CHECK(expected.size() == sizes.size() && std::equal(expected.begin(), expected.end(), sizes.begin()),
+                    "grads[", t, "] must have the shape of weights[", t, "]");
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, "grads[", t, "] must not be an expanded tensor");
+    }
     if (grads[t].numel() > 0) starts.push_back(grads[t].const_data_ptr());
   }
   std::sort(starts.begin(), starts.end());
@@ -169,6 +175,7 @@ void run(std::vector<Entry>& entries, size_t k, Pass pass, const Options& option
                             .weight = entry.weight.const_data_ptr(),
                             .grad = nullptr,
                             .dtype = dtype_of(entry.weight),
+                            .grad_dtype = dtype_of(entry.grad ? *entry.grad : entry.weight),
                             .norm = options.norm,
                             .order = options.order,
                             .factor = entry.factor,
@@ -240,24 +247,28 @@ void normalize(Entry& entry, const Options& options) {
   entry.decay = -(squared ? 2 : 1) * entry.value * entry.factor * (scale / s);
 }
 
+// A bf16 gradient to which several terms are added: it is rounded once, when it is copied back.
+Tensor in_float(const Tensor& grad) {
+  return dtype_of(grad) == Dtype::kBFloat16 ? torch::stable::to(grad, ScalarType::Float) : grad;
+}
+
 // The penalty of all weights; grads, unless null, get `coefficient` times its gradient added.
 double evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads, double coefficient,
                 const Options& options) {
   std::vector<Entry> entries;
-  std::vector<std::pair<Tensor, Tensor>> copies;  // gradient, and its copy in another layout
+  std::vector<std::pair<Tensor, Tensor>> copies;  // a gradient and what is computed in its place
+  const bool several_terms = options.normalized || options.dim.size() > 1;
   size_t axes = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
     Entry entry{.weight = weights[t], .grad = {}, .axes = {}};
     entry.factor = coefficient;
-    if (grads) entry.grad = (*grads)[t];
+    if (grads) entry.grad = several_terms ? in_float((*grads)[t]) : (*grads)[t];
     if (!find_axes(entry, options)) {
-      entry.weight = torch::stable::contiguous(weights[t]);
-      if (grads) {
-        entry.grad = torch::stable::contiguous((*grads)[t]);
-        if (entry.grad->data_ptr() != (*grads)[t].data_ptr()) copies.emplace_back((*grads)[t], *entry.grad);
-      }
+      entry.weight = torch::stable::contiguous(entry.weight);
+      if (grads) entry.grad = torch::stable::contiguous(*entry.grad);
       find_axes(entry, options);
     }
+    if (grads && entry.grad->data_ptr() != (*grads)[t].data_ptr()) copies.emplace_back((*grads)[t], *entry.grad);
     axes = std::max(axes, entry.axes.size());
     entries.push_back(std::move(entry));
   }

@@ -96,8 +96,8 @@ struct Factors {
 
 // w[0..count) share a pattern; rows lie `stride` entries apart. Adds the gradient to grad[0..count) and
 // returns the sum of phi(d[i]).
-template <class T, class Phi, int Order, bool Grad, unsigned Exists>
-SMOOTHK_INLINE Compute<T> sweep(const T* w, T* __restrict grad, int64_t count, int64_t stride,
+template <class T, class G, class Phi, int Order, bool Grad, unsigned Exists>
+SMOOTHK_INLINE Compute<T> sweep(const T* w, G* __restrict grad, int64_t count, int64_t stride,
                                 const Factors<Compute<T>>& factors) {
   using C = Compute<T>;
   constexpr bool has0 = Exists & kHas0, has1 = Exists & kHas1, has2 = Exists & kHas2;
@@ -131,42 +131,42 @@ SMOOTHK_INLINE Compute<T> sweep(const T* w, T* __restrict grad, int64_t count, i
   return sum;
 }
 
-template <class T, class Phi, int Order, bool Grad>
-SMOOTHK_INLINE Compute<T> sweep(unsigned exists, const T* w, T* grad, int64_t count, int64_t stride,
+template <class T, class G, class Phi, int Order, bool Grad>
+SMOOTHK_INLINE Compute<T> sweep(unsigned exists, const T* w, G* grad, int64_t count, int64_t stride,
                                 const Factors<Compute<T>>& factors) {
   if constexpr (!Grad) {
-    return exists & kHas0 ? sweep<T, Phi, Order, false, kHas0>(w, grad, count, stride, factors) : 0;
+    return exists & kHas0 ? sweep<T, G, Phi, Order, false, kHas0>(w, grad, count, stride, factors) : 0;
   } else if constexpr (Order == 1) {
     switch (exists) {
       case kHas0:
-        return sweep<T, Phi, 1, true, kHas0>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 1, true, kHas0>(w, grad, count, stride, factors);
       case kHas0 | kHas1:
-        return sweep<T, Phi, 1, true, kHas0 | kHas1>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 1, true, kHas0 | kHas1>(w, grad, count, stride, factors);
       case kHas1:
-        return sweep<T, Phi, 1, true, kHas1>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 1, true, kHas1>(w, grad, count, stride, factors);
     }
   } else {
     switch (exists) {
       case kHas0:
-        return sweep<T, Phi, 2, true, kHas0>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 2, true, kHas0>(w, grad, count, stride, factors);
       case kHas0 | kHas1:
-        return sweep<T, Phi, 2, true, kHas0 | kHas1>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 2, true, kHas0 | kHas1>(w, grad, count, stride, factors);
       case kHas0 | kHas1 | kHas2:
-        return sweep<T, Phi, 2, true, kHas0 | kHas1 | kHas2>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 2, true, kHas0 | kHas1 | kHas2>(w, grad, count, stride, factors);
       case kHas1 | kHas2:
-        return sweep<T, Phi, 2, true, kHas1 | kHas2>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 2, true, kHas1 | kHas2>(w, grad, count, stride, factors);
       case kHas2:
-        return sweep<T, Phi, 2, true, kHas2>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 2, true, kHas2>(w, grad, count, stride, factors);
       case kHas1:  // the middle one of three rows
-        return sweep<T, Phi, 2, true, kHas1>(w, grad, count, stride, factors);
+        return sweep<T, G, Phi, 2, true, kHas1>(w, grad, count, stride, factors);
     }
   }
   __builtin_unreachable();
 }
 
 // y[0..count) += a * x[0..count)
-template <class T>
-SMOOTHK_INLINE void add_scaled(T* __restrict y, const T* x, Compute<T> a, int64_t count) {
+template <class T, class G>
+SMOOTHK_INLINE void add_scaled(G* __restrict y, const T* x, Compute<T> a, int64_t count) {
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) store(y + j, load(y + j) + a * load(x + j));
 }
@@ -205,7 +205,7 @@ SMOOTHK_INLINE TileRanges ranges_of(const DifferenceParams& p, int64_t tile) {
           {column, std::min(column + t.columns, p.axis.inner)}};
 }
 
-template <class T, class Phi, int Order, bool Grad>
+template <class T, class G, class Phi, int Order, bool Grad>
 SMOOTHK_INLINE void run_tile(const DifferenceParams& p, const TileRanges& tile, double* partials) {
   using C = Compute<T>;
   const DifferenceAxis& axis = p.axis;
@@ -228,12 +228,12 @@ SMOOTHK_INLINE void run_tile(const DifferenceParams& p, const TileRanges& tile, 
       }
       const int64_t offset = o * axis.outer_stride + i * axis.row_stride + tile.columns.begin;
       const T* w = static_cast<const T*>(p.weight) + offset;
-      T* grad = Grad ? static_cast<T*>(p.grad) + offset : nullptr;
+      G* grad = Grad ? static_cast<G*>(p.grad) + offset : nullptr;
       double sum = 0;
       for (int64_t begin = 0; begin < rows * width; begin += kChunk) {
         const int64_t count = std::min(kChunk, rows * width - begin);
-        T* out = Grad ? grad + begin : nullptr;
-        sum += sweep<T, Phi, Order, Grad>(exists, w + begin, out, count, axis.row_stride, factors);
+        G* out = Grad ? grad + begin : nullptr;
+        sum += sweep<T, G, Phi, Order, Grad>(exists, w + begin, out, count, axis.row_stride, factors);
         if (Grad && decay != 0) add_scaled(out, w + begin, decay, count);
       }
       partials[p.norm == Norm::kL21 ? i - tile.rows.begin : 0] += sum;
@@ -242,45 +242,46 @@ SMOOTHK_INLINE void run_tile(const DifferenceParams& p, const TileRanges& tile, 
   }
 }
 
-template <class T, class Phi, int Order>
+template <class T, class G, class Phi, int Order>
 SMOOTHK_INLINE void with_grad(const DifferenceParams& p, const TileRanges& tile, double* partials) {
   if (p.grad != nullptr) {
-    run_tile<T, Phi, Order, true>(p, tile, partials);
+    run_tile<T, G, Phi, Order, true>(p, tile, partials);
   } else {
-    run_tile<T, Phi, Order, false>(p, tile, partials);
+    run_tile<T, G, Phi, Order, false>(p, tile, partials);
   }
 }
 
-template <class T, class Phi>
+template <class T, class G, class Phi>
 SMOOTHK_INLINE void with_order(const DifferenceParams& p, const TileRanges& tile, double* partials) {
   if (p.order == 1) {
-    with_grad<T, Phi, 1>(p, tile, partials);
+    with_grad<T, G, Phi, 1>(p, tile, partials);
   } else {
-    with_grad<T, Phi, 2>(p, tile, partials);
+    with_grad<T, G, Phi, 2>(p, tile, partials);
   }
 }
 
-template <class T>
+template <class T, class G>
 SMOOTHK_INLINE void with_norm(const DifferenceParams& p, const TileRanges& tile, double* partials) {
   switch (p.norm) {
     case Norm::kL1:
-      return with_order<T, Absolute>(p, tile, partials);
+      return with_order<T, G, Absolute>(p, tile, partials);
     case Norm::kHuber:
-      return with_order<T, Huber>(p, tile, partials);
+      return with_order<T, G, Huber>(p, tile, partials);
     case Norm::kL2:
     case Norm::kL21:
-      return with_order<T, Square>(p, tile, partials);
+      return with_order<T, G, Square>(p, tile, partials);
   }
 }
 
 template <class T>
 SMOOTHK_INLINE double squares_of_tile(const DifferenceParams& p, const TileRanges& tile) {
   const T* w = static_cast<const T*>(p.weight);
+  const int64_t width = tile.columns.end - tile.columns.begin;
+  const int64_t rows = width == p.axis.row_stride ? tile.rows.end - tile.rows.begin : 1;
   double total = 0;
   for (int64_t o = tile.slabs.begin; o < tile.slabs.end; ++o) {
-    for (int64_t i = tile.rows.begin; i < tile.rows.end; ++i) {
-      const int64_t offset = o * p.axis.outer_stride + i * p.axis.row_stride + tile.columns.begin;
-      total += squares(w + offset, tile.columns.end - tile.columns.begin);
+    for (int64_t i = tile.rows.begin; i < tile.rows.end; i += rows) {
+      total += squares(w + o * p.axis.outer_stride + i * p.axis.row_stride + tile.columns.begin, rows * width);
     }
   }
   return total;
@@ -288,13 +289,16 @@ SMOOTHK_INLINE double squares_of_tile(const DifferenceParams& p, const TileRange
 
 // The clones: everything above is inlined into them, so that it is compiled for their instruction set.
 SMOOTHK_CLONES void tile_float(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<float>(p, t, out);
+  with_norm<float, float>(p, t, out);
 }
 SMOOTHK_CLONES void tile_double(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<double>(p, t, out);
+  with_norm<double, double>(p, t, out);
 }
 SMOOTHK_CLONES void tile_bfloat16(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<BFloat16>(p, t, out);
+  with_norm<BFloat16, BFloat16>(p, t, out);
+}
+SMOOTHK_CLONES void tile_bfloat16_float(const DifferenceParams& p, const TileRanges& t, double* out) {
+  with_norm<BFloat16, float>(p, t, out);
 }
 SMOOTHK_CLONES double squares_float(const DifferenceParams& p, const TileRanges& t) {
   return squares_of_tile<float>(p, t);
@@ -335,7 +339,8 @@ void difference_tile(const DifferenceParams& params, int64_t tile, double* parti
     case Dtype::kFloat64:
       return tile_double(params, ranges, partials);
     case Dtype::kBFloat16:
-      return tile_bfloat16(params, ranges, partials);
+      return params.grad_dtype == Dtype::kFloat32 ? tile_bfloat16_float(params, ranges, partials)
+                                                  : tile_bfloat16(params, ranges, partials);
   }
 }
 
