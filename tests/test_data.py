@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import struct
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -43,8 +44,21 @@ def batch(seed: int, **changes: Any) -> dict[bytes, Any]:
     return {**content, **{key.encode(): value for key, value in changes.items()}}
 
 
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as strings of Python 2, which is what the original files hold."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_bytes
+
+
 def write_pickle(path: Path, value: Any) -> None:
-    path.write_bytes(pickle.dumps(value, protocol=2))
+    with path.open("wb") as file:
+        Python2Pickler(file, protocol=2).dump(value)
 
 
 @pytest.fixture
@@ -98,12 +112,10 @@ def test_cifar_is_read_as_it_was_written(release: data.CifarRelease, tmp_path: P
     assert dataset.provenance["sha256"]["test_batch"] == hashlib.sha256(content).hexdigest()
 
 
-def test_python2_strings_and_other_protocols_are_read(release: data.CifarRelease, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickles_of_python_3_are_read_too(release: data.CifarRelease, tmp_path: Path, protocol: int) -> None:
     value = batch(0)
-    content = pickle.dumps(value, protocol=2)
-    # Protocol 2 writes bytes as a call of _codecs.encode; protocol 4 has its own opcode and stack globals.
-    assert b"_codecs" in content
-    (tmp_path / release.folder / "data_batch_1").write_bytes(pickle.dumps(value, protocol=4))
+    (tmp_path / release.folder / "data_batch_1").write_bytes(pickle.dumps(value, protocol=protocol))
     dataset = data.load("cifar10", tmp_path)
     np.testing.assert_array_equal(dataset.train_images[:COUNT].numpy().reshape(COUNT, 3072), value[b"data"])
 
@@ -135,7 +147,7 @@ def test_planted_pickle_is_refused_and_not_executed(release: data.CifarRelease, 
     target = tmp_path / "proof"
     path = tmp_path / release.folder / name
     write_pickle(path, batch(0, data=Plant(target)))
-    pickle.loads(path.read_bytes())[b"data"].close()
+    pickle.loads(path.read_bytes(), encoding="bytes")[b"data"].close()
     assert target.exists(), "the plant must work, or the test proves nothing"
     target.unlink()
     with pytest.raises(
@@ -169,7 +181,7 @@ def test_mutations_never_raise_anything_but_a_data_error(release: data.CifarRele
     start = content.find(batch(0)[b"data"].tobytes()[:64])
     structure = [*range(200), *range(start - 200, start), *range(len(content) - 400, len(content))]
     refused = 0
-    for position in rng.choice([p for p in structure if p >= 0], 300):
+    for position in rng.choice([p for p in structure if p >= 0], 150):
         mutated = bytearray(content)
         mutated[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(mutated)
@@ -178,7 +190,7 @@ def test_mutations_never_raise_anything_but_a_data_error(release: data.CifarRele
         except data.DataError as error:
             assert "data_batch_1" in str(error)
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
 @pytest.mark.parametrize(
