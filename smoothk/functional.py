@@ -238,7 +238,7 @@ def _no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
 
 def _per_axis(value: int | Sequence[int], name: str, axes: int, least: int) -> tuple[int, ...]:
     """``value`` as one integer per spatial axis."""
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Iterable) else (value,) * axes
     if any(not isinstance(v, int) or isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be an int or {axes} ints, got {value!r}")
     if len(values) != axes or min(values) < least:
@@ -271,6 +271,9 @@ def _low_rank_conv(
     groups: int,
     backend: str | None,
 ) -> Tensor:
+    for name, tensor in (("input", input), ("v", v), ("u", u)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     for name, tensor in (("v", v), ("u", u)):
         if tensor.dim() != axes + 2:
             raise ValueError(
@@ -280,7 +283,9 @@ def _low_rank_conv(
             raise TypeError(f"{name} must have a real floating-point dtype, got {tensor.dtype}")
     if input.dim() not in (axes + 1, axes + 2):
         raise ValueError(f"input must have {axes + 1} or {axes + 2} dimensions, got {list(input.shape)}")
-    if not isinstance(groups, int) or groups < 1:
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    if groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
     if v.shape[0] != groups * u.shape[1]:
         raise ValueError(
