@@ -204,7 +204,7 @@ def batches(
     for chunk in chunks:
         index = chunk.to(images.device)
         batch = images[index]
-        if augmentation is not None:
+        if augmentation is not None and generator is not None:
             batch = augment(batch, augmentation, generator)
         yield normalize(batch, normalization, channels_last), labels[index]
 
@@ -388,10 +388,11 @@ def _load_cifar(release: CifarRelease, data_dir: Path, download: bool) -> DataSe
     contents = {name: (folder / name).read_bytes() for name in release.md5}
     meta = _read_dict(folder / release.meta, contents[release.meta])
     classes = _read_classes(release, folder / release.meta, meta)
-    splits = []
-    for files in (release.train, release.test):
+
+    def read(files: dict[str, int]) -> tuple[Tensor, Tensor]:
         parts = [_read_batch(release, folder / name, contents[name], count) for name, count in files.items()]
-        splits += [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
     differing = [name for name, md5 in release.md5.items() if _md5(contents[name]) != md5]
     provenance = {
         "source": release.url,
@@ -399,7 +400,7 @@ def _load_cifar(release: CifarRelease, data_dir: Path, download: bool) -> DataSe
         "note": f"not the original files: {', '.join(differing)}" if differing else "the original files",
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    return DataSet(release.name, *splits, classes, Augmentation(), provenance)
+    return DataSet(release.name, *read(release.train), *read(release.test), classes, Augmentation(), provenance)
 
 
 def _md5(content: bytes) -> str:

@@ -338,10 +338,10 @@ class _Run:
             correct += hits
             seen += len(y)
         seconds = time.perf_counter() - started
-        loss, penalty = loss_sum.item() / seen, penalty_sum.item() / self.steps_per_epoch
-        if not math.isfinite(loss + penalty):
+        mean_loss, mean_penalty = loss_sum.item() / seen, penalty_sum.item() / self.steps_per_epoch
+        if not math.isfinite(mean_loss + mean_penalty):
             raise FloatingPointError(
-                f"the loss is not finite in epoch {epoch + 1} (loss {loss}, penalty {penalty}): "
+                f"the loss is not finite in epoch {epoch + 1} (loss {mean_loss}, penalty {mean_penalty}): "
                 f"lower lr ({config.lr:g}) or the penalty's coefficients"
             )
         test_accuracy = evaluate(
@@ -354,8 +354,8 @@ class _Run:
         record = {
             "epoch": epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": loss,
-            "penalty": penalty,
+            "loss": mean_loss,
+            "penalty": mean_penalty,
             "train_accuracy": 100 * correct.item() / seen,
             "test_accuracy": test_accuracy,
             "seconds": seconds,
