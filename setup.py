@@ -105,7 +105,6 @@ class BuildExtension(build_ext):
         in_place = self.inplace or self.editable_mode
         package = (ROOT if in_place else Path(self.build_lib)) / "smoothk"
         module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        module.unlink(missing_ok=True)  # whatever happens now, no older build may be picked up
         record: dict[str, str] = {"requested": mode}
         try:
             if mode == "cuda":
@@ -116,6 +115,7 @@ class BuildExtension(build_ext):
         except CannotBuild as reason:
             if mode in ("cpu", "cuda"):
                 sys.exit(f"smoothk: SMOOTHK_BUILD={mode} cannot be built: {reason}")
+            module.unlink(missing_ok=True)  # an older build must not be picked up
             record["reason"] = str(reason)
             print(f"smoothk: pure Python, no extension: {reason}", file=sys.stderr)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,3 +47,23 @@ def fixed_seeds_and_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+
+
+@pytest.fixture
+def bare_package(tmp_path: Path) -> Path:
+    """A folder with the Python files of a checkout and no extension."""
+    for name in ("smoothk", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=NOT_COPIED)
+    return tmp_path
+
+
+@pytest.fixture
+def checkout(bare_package: Path) -> Path:
+    """`bare_package` and what it takes to build it."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, bare_package)
+    return bare_package

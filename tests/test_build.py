@@ -1,0 +1,144 @@
+"""Packaging: what is imported, what is installed, and that a build that is possible has been made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import smoothk
+from smoothk.backend import unavailable_reason
+
+ROOT = Path(smoothk.__file__).resolve().parent.parent
+HEAVY = ("sklearn", "matplotlib", "tqdm", "PIL", "safetensors", "triton", "torch._dynamo", "torch._inductor")
+
+
+def run(script: str, cwd: Path, *options: str) -> str:
+    done = subprocess.run([sys.executable, *options, "-c", script], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_without_an_extension(bare_package: Path) -> None:
+    script = """
+import smoothk, smoothk.kernels, smoothk.recipes, torch
+from smoothk.backend import unavailable_reason
+assert smoothk.kernels.__name__ == "smoothk.kernels"
+value = smoothk.difference_penalty(torch.eye(4))
+assert value == 6, value
+print(smoothk.__file__, unavailable_reason("cpp"), sep="|")
+"""
+    file, reason = run(script, bare_package, "-W", "error").strip().split("|")
+    assert Path(file).parent == bare_package / "smoothk"
+    assert reason == "the C++ extension is not built (this is a checkout without a build)"
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    script = f"""
+import sys, time, torch
+before = set(sys.modules)
+start = time.process_time()  # not the wall clock: other processes may be busy
+import smoothk
+seconds = time.process_time() - start
+heavy = [name for name in {HEAVY} if name in set(sys.modules) - before]
+assert not heavy, heavy
+print(seconds)
+"""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+                             check=True, capture_output=True, text=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds) <= 0.05, seconds
+
+
+def test_a_build_that_is_possible_was_made() -> None:
+    record = ROOT / "smoothk" / "_build.json"
+    if not record.is_file():
+        pytest.skip("not an installed checkout")
+    requested = json.loads(record.read_text())["requested"]
+    if requested == "none":
+        assert "SMOOTHK_BUILD=none" in unavailable_reason("cpp")
+        return
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+    headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+    if requested == "cpu" or (compiler and headers):
+        assert unavailable_reason("cpp") is None
+    else:
+        assert json.loads(record.read_text())["reason"] in unavailable_reason("cpp")
+
+
+def setup_py(cwd: Path, *arguments: str, mode: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("setuptools", minversion="77")
+    environment = {**os.environ, "SMOOTHK_BUILD": mode}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_an_unknown_build_mode_lists_the_known_ones() -> None:
+    done = setup_py(ROOT, "--version", mode="fast")
+    assert done.returncode != 0
+    assert done.stderr.strip() == "SMOOTHK_BUILD must be one of auto, cpu, cuda, none, got 'fast'"
+
+
+def test_cuda_is_refused_without_touching_an_earlier_build(checkout: Path) -> None:
+    module = checkout / "smoothk" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module.write_bytes(b"an earlier build")
+    done = setup_py(checkout, "build_ext", "--inplace", mode="cuda")
+    assert done.returncode != 0 and "the CUDA kernels are not in this version" in done.stderr
+    assert module.read_bytes() == b"an earlier build"
+
+
+def test_none_removes_an_earlier_build(checkout: Path) -> None:
+    module = checkout / "smoothk" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module.write_bytes(b"an earlier build")
+    done = setup_py(checkout, "build_ext", "--inplace", mode="none")
+    assert done.returncode == 0, done.stderr
+    assert not module.exists()
+    assert "(SMOOTHK_BUILD=none)" in run("import smoothk.backend as b; print(b.unavailable_reason('cpp'))", checkout)
+
+
+@pytest.mark.parametrize("mode", ["auto", "cpu"])
+def test_no_compiler(checkout: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    done = setup_py(checkout, "build_ext", "--inplace", mode=mode)
+    reason = "no C++ compiler found (looked for /nowhere/c++)"
+    assert reason in done.stderr
+    assert (done.returncode == 0) == (mode == "auto")
+    if mode == "auto":
+        assert json.loads((checkout / "smoothk" / "_build.json").read_text())["reason"] == reason
+
+
+def test_wheel_and_source_distribution(checkout: Path, tmp_path: Path) -> None:
+    done = setup_py(checkout, "-q", "sdist", "--dist-dir", str(tmp_path), "bdist_wheel", "--dist-dir", str(tmp_path),
+                    mode="none")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    assert {"smoothk/py.typed", "smoothk/kernels/__init__.py", "smoothk/recipes/__init__.py"} <= names
+    assert not any(name.startswith(("csrc", "tests", "kernels")) or name.endswith(".so") for name in names)
+    script = """
+import smoothk, smoothk.kernels, torch
+model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
+small = smoothk.compress(model, keep=0.5).model
+print(smoothk.__version__, sum(p.numel() for p in small.parameters()), sum(p.numel() for p in model.parameters()))
+"""
+    version, kept, full = run(script, tmp_path / "installed").split()
+    assert version == smoothk.__version__ and version in wheel.name and 0 < int(kept) <= int(full) // 2
+
+    (source,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(source, tmp_path)
+    unpacked = tmp_path / source.name.removesuffix(".tar.gz")
+    for file in ("CMakeLists.txt", "csrc/difference.h", "csrc/cpu/difference.cpp", "kernels/__init__.py", "LICENSE"):
+        assert (unpacked / file).is_file(), file
+    assert not list(unpacked.rglob("*.so")) and not (unpacked / "smoothk" / "_build.json").exists()
