@@ -58,7 +58,7 @@ def check(weights: Sequence[Tensor], dtype: torch.dtype, backend: str | None, or
     value = smoothk.difference_penalty(weights, order, backend=backend, **options)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.shape == ()
     assert_close_rel(value, expected, torch.float64 if dtype == torch.float64 else torch.float32)
-    computed = torch.autograd.grad(value, weights, materialize_grads=True)
+    computed = torch.autograd.grad(value, weights)  # short tensors get zeros
     for gradient, wanted, weight in zip(computed, gradients, weights, strict=True):
         assert gradient.dtype == weight.dtype
         assert_close_rel(gradient, wanted, dtype)
