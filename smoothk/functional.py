@@ -67,6 +67,12 @@ def check_nuclear_options(unfolding: str, method: str) -> None:
         raise ValueError(f"method must be one of {names}, got {method!r}")
 
 
+def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
+    """Raise what ``op`` raises where ``backend`` cannot run these tensors, before anything is computed."""
+    for indices in _by_kind(tensors):
+        _backend.choose(op, backend, [tensors[i] for i in indices])
+
+
 def _by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of ``tensors`` in groups of one device and dtype, in order of first appearance."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -164,12 +170,10 @@ def accumulate_difference_penalty(
     def value_of(indices: list[int]) -> Tensor:
         ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
         chosen = _backend.choose("difference_penalty", backend, [*ws, *gs])
-        if chosen == "cpp" and all(_alike(w, g) for w, g in zip(ws, gs, strict=True)):
+        if chosen == "cpp":
             return torch.ops.smoothk.difference_penalty_accumulate_(
                 gs, ws, coefficient, order, dim, norm, normalized, eps
             )
-        if chosen == "cpp" and backend == "cpp":
-            raise _backend.BackendUnavailable("backend 'cpp' needs .grad of the dtype and strides of its weight")
         return sum(_accumulate_one(w, g) for w, g in zip(ws, gs, strict=True))
 
     def _accumulate_one(weight: Tensor, grad: Tensor) -> Tensor:
@@ -181,10 +185,6 @@ def accumulate_difference_penalty(
         return value.detach()
 
     return _sum_over_kinds(weights, value_of)
-
-
-def _alike(weight: Tensor, grad: Tensor) -> bool:
-    return weight.dtype == grad.dtype and weight.stride() == grad.stride()
 
 
 def nuclear_norm(

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .backend import NAMES
 from .functional import (
     accumulate_difference_penalty,
+    check_backend,
     check_difference_options,
     check_dim,
     check_nuclear_options,
@@ -35,6 +37,10 @@ def conv_and_linear_weights(name: str, module: nn.Module, parameter: nn.Paramete
 
 def _named_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | None) -> list[tuple[str, nn.Parameter]]:
     """The penalised parameters, tied ones once, under their first name."""
+    if select is not None and not callable(select):
+        raise TypeError(f"select must be callable, got {type(select).__name__}")
+    if not isinstance(model, Iterable | nn.Module):
+        raise TypeError(f"model must be a module or an iterable of parameters, got {type(model).__name__}")
     if isinstance(model, nn.Module):
         select = select or conv_and_linear_weights
         candidates = [
@@ -122,6 +128,8 @@ class SmoothnessPenalty(nn.Module):
         }
         check_difference_options(1, norm, _EPS)
         check_nuclear_options(unfolding, "auto")
+        if backend not in (None, *NAMES):
+            raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
         self.dim, self.norm, self.normalized = check_dim(dim), norm, bool(normalized)
         self.unfolding, self.backend = unfolding, backend
         self._weights = _named_weights(model, select)
@@ -191,14 +199,19 @@ class SmoothnessPenalty(nn.Module):
 
         Raises:
             TypeError: a ``.grad`` is not dense. Nothing has been changed then.
+            BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
         named = self._active()
         for name, weight in named:
             if weight.grad is not None and weight.grad.layout != torch.strided:
                 raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {weight.grad.layout}")
-        total = self._zero([weight for _, weight in named])
+        weights = [weight for _, weight in named]
+        tensors = [*weights, *(weight.grad for weight in weights if weight.grad is not None)]
+        for name, _ in self._terms():
+            check_backend("nuclear_norm" if name == "nuclear" else "difference_penalty", self.backend, tensors)
+        total = self._zero(weights)
         for name, coefficient in self._terms():
-            total = total + coefficient * self._accumulate(name, coefficient, [weight for _, weight in named])
+            total = total + coefficient * self._accumulate(name, coefficient, weights)
         return total
 
     def _accumulate(self, name: str, coefficient: float, weights: Sequence[nn.Parameter]) -> Tensor:

@@ -72,6 +72,8 @@ def difference_penalty(
     for weight in weights:
         axes = axes_of(weight, dim, order)
         if not axes:
+            nothing = weight.reshape(-1)[:0].sum()  # 0 with a gradient of zeros
+            total = total + nothing.to(device=total.device, dtype=total.dtype)
             continue
         w = weight.to(compute_dtype(weight.dtype))
         value = sum(_sum_of_norm(torch.diff(w, n=order, dim=axis), axis, norm, eps) for axis in axes)
