@@ -54,8 +54,7 @@ Dtype dtype_of(const Tensor& tensor) {
 
 void check_weights(const std::vector<Tensor>& weights) {
   for (const Tensor& weight : weights) {
-    STD_TORCH_CHECK(weight.is_cpu() && weight.layout() == torch::headeronly::Layout::Strided,
-                    "weights must be dense tensors on the CPU");
+    STD_TORCH_CHECK(weight.is_cpu(), "weights must be on the CPU");
     STD_TORCH_CHECK(dtype_of(weight) == dtype_of(weights[0]), "weights must have one dtype, got ",
                     torch::headeronly::toString(weights[0].scalar_type()), " and ",
                     torch::headeronly::toString(weight.scalar_type()));

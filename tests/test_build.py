@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def test_a_build_that_is_possible_was_made() -> None:
         assert unavailable_reason("cpp") is None
     else:
         assert json.loads(record.read_text())["reason"] in unavailable_reason("cpp")
+
+
+@pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
+def test_the_extension_needs_nothing_of_torch_but_its_stable_abi() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    extension = sys.modules["smoothk._C"].__file__
+    listing = subprocess.run(["nm", "-D", "--undefined-only", extension], check=True, capture_output=True, text=True)
+    names = {line.split()[-1] for line in listing.stdout.splitlines()}
+    assert "torch_library_impl" in names
+    assert not [name for name in names if re.match(r"_ZN?K?V?T?[IS]?N?(2at|3c10|5torch)", name)]
 
 
 def setup_py(cwd: Path, *arguments: str, mode: str) -> subprocess.CompletedProcess[str]:
