@@ -60,7 +60,7 @@ def _backward_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     order, dim, norm, normalized, eps = ctx.options
     keep_graph = torch.is_grad_enabled()  # for the derivatives after this one
     with torch.enable_grad():
-        weights = [weight.view_as(weight) if weight.requires_grad else weight.requires_grad_() for weight in weights]
+        weights = [w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for w in weights]
         value = reference.difference_penalty(weights, order, dim=dim, norm=norm, normalized=normalized, eps=eps)
         firsts = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
         along = sum((g * first).sum(dtype=grad.dtype) for g, first in zip(grads, firsts, strict=True) if g is not None)
