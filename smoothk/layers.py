@@ -49,9 +49,10 @@ def _choose_rank(
     if energy is not None:
         return rank_for_energy(squared_singular_values(weight, groups, scheme), energy)
     per_rank = parameters_per_rank(weight.shape, groups, scheme)
-    affordable = math.floor(keep * weight.numel() / per_rank)
+    affordable = math.floor(keep * weight.numel() / per_rank + 1e-9)  # 0.29 * 100 is a rounding error below 29
     if affordable < 1:
-        raise ValueError(f"keep must be at least {per_rank / weight.numel():.6g} for rank 1 of this weight, got {keep}")
+        smallest = math.ceil(1e6 * per_rank / weight.numel()) / 1e6
+        raise ValueError(f"keep must be at least {smallest:.6f} for rank 1 of this weight, got {keep}")
     return min(affordable, full_rank(weight.shape, groups, scheme))
 
 
@@ -189,8 +190,8 @@ class _LowRankConvNd(_LowRank):
         if not isinstance(conv, dense) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"conv must be an initialised torch.nn.{dense.__name__}, got {type(conv).__name__}")
         check_unfolding(scheme, "scheme")
-        rank = _choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
         _check_finite(conv.weight)
+        rank = _choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
         layer = cls._like(conv, rank, scheme)
         u, v = truncated_factors(conv.weight, rank, conv.groups, scheme)
         layer._adopt(conv, v.reshape(layer.v.shape), layer._u_from_matrices(u))
@@ -410,8 +411,8 @@ class LowRankLinear(_LowRank):
         """Factorise a linear layer by truncated SVD; arguments, result and errors as in `LowRankConv2d.from_conv`."""
         if not isinstance(linear, nn.Linear) or isinstance(linear, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"linear must be an initialised torch.nn.Linear, got {type(linear).__name__}")
-        rank = _choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         _check_finite(linear.weight)
+        rank = _choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         layer = cls._like(linear, rank, "channel")
         u, v = truncated_factors(linear.weight, rank)
         layer._adopt(linear, v[0], u[0])
