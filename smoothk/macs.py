@@ -57,7 +57,11 @@ def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
                 axes = len(module.kernel_size)
                 batch = math.prod(output.shape[: -axes - 1])
                 out = batch * math.prod(output.shape[-axes:])
-                between = batch * output.shape[-2] * x.shape[-1] if axes == 2 else out
+                width = x.shape[-1]
+                if module.padding_mode != "zeros":  # padded ahead of both convolutions
+                    pad = module._pad if isinstance(module, _LowRank) else module._reversed_padding_repeated_twice
+                    width += sum(pad[:2])
+                between = batch * output.shape[-2] * width if axes == 2 else out
             else:
                 out = between = math.prod(output.shape[:-1])
             entry.positions.append((out, between))
