@@ -542,7 +542,13 @@ def test_calibration_batches_are_re_iterable_training_images_without_labels() ->
     assert [len(x) for x in first] == [20, 20, 10]
     assert len(calibration) == 3
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-    train = {x.numpy().tobytes() for x in data.normalize(dataset.train_images, dataset.normalization)}
-    assert {x.numpy().tobytes() for x in torch.cat(first)} <= train
+    padded = torch.nn.functional.pad(dataset.train_images, (dataset.augmentation.crop_padding,) * 4)
+    crops = {
+        x.numpy().tobytes()
+        for top in range(2 * dataset.augmentation.crop_padding + 1)
+        for left in range(2 * dataset.augmentation.crop_padding + 1)
+        for x in data.normalize(padded[:, :, top : top + 8, left : left + 8], dataset.normalization)
+    }
+    assert {x.numpy().tobytes() for x in torch.cat(first)} <= crops
     with pytest.raises(ValueError, match="count must be between 1 and 1438 training images, got 1439"):
         data.calibration_batches(dataset, 1439)
