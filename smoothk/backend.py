@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +104,11 @@ def _cpp_obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
 
 def _load_cpp() -> str | None:
     record = _build_record()
+    # Only in this package's own folder: from a second checkout, an editable install's finder would offer the first's.
+    if PathFinder.find_spec("smoothk._C", sys.modules[__package__].__path__) is None:
+        return f"the C++ extension is not built ({record.get('reason', 'this is a checkout without a build')})"
     try:
         importlib.import_module("smoothk._C")
-    except ModuleNotFoundError:
-        return f"the C++ extension is not built ({record.get('reason', 'this is a checkout without a build')})"
     except ImportError as error:
         reason = (
             f"the C++ extension does not load: {error}; it was built against torch {record.get('torch', 'unknown')} "

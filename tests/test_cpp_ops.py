@@ -173,20 +173,23 @@ def test_offsets_beyond_two_to_the_31() -> None:
 import torch, smoothk
 from smoothk.backend import unavailable_reason
 assert unavailable_reason("cpp") is None
-storage = torch.empty(3 * 2**30 + 200, dtype=torch.bfloat16)
-weight = storage.as_strided((4, 32), (2**30, 1))
-grad = storage.as_strided((4, 32), (2**30, 1), 100)
-small = torch.randn(4, 32).bfloat16()
+near, far = (torch.empty(size, dtype=torch.bfloat16) for size in (400, 3 * 2**30 + 400))
 for order in (1, 2):
     for norm in ("l2", "l1", "l21", "huber"):
-        for view in (lambda t: t, lambda t: t.t()):
-            weight.copy_(small), grad.zero_()
-            wanted = torch.zeros(4, 32).bfloat16()
-            dim = [0] if view(weight).shape[0] == 4 else [1]
-            args = (1.0, order, dim, norm, False, 1e-8)
-            far = torch.ops.smoothk.difference_penalty_accumulate_([view(grad)], [view(weight)], *args)
-            near = torch.ops.smoothk.difference_penalty_accumulate_([view(wanted)], [view(small)], *args)
-            assert torch.equal(far, near) and torch.equal(grad, wanted) and wanted.any(), (order, norm)
+        for transpose in (False, True):
+            results = []
+            torch.manual_seed(0)
+            values = torch.randn(4, 32)
+            for storage, stride in ((near, 40), (far, 2**30)):
+                weight, grad = (storage.as_strided((4, 32), (stride, 1), start) for start in (0, 200))
+                weight.copy_(values), grad.zero_()
+                views = ([grad.t()], [weight.t()]) if transpose else ([grad], [weight])
+                value = torch.ops.smoothk.difference_penalty_accumulate_(
+                    *views, 1.0, order, [int(transpose)], norm, False, 1e-8
+                )
+                results.append((value, grad))
+            (value, grad), (far_value, far_grad) = results
+            assert grad.any() and torch.equal(value, far_value) and torch.equal(grad, far_grad), (order, norm)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
