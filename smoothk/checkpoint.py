@@ -7,7 +7,6 @@ tensors, and a ``sha256`` over all of it: safetensors itself does not notice a c
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .compress import empty_low_rank_layer, planned_layers, replace_layers
+from .compress import deep_copy, empty_low_rank_layer, planned_layers, replace_layers
 from .layers import _LowRank
 from .ranks import LayerPlan, RankPlan
 
@@ -76,7 +75,7 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
     if model is None and not callable(model_or_factory):
         raise TypeError(f"model_or_factory must be a module or a function, got {type(model_or_factory).__name__}")
     plan, tensors = _read(Path(path))
-    dense = copy.deepcopy(model) if model is not None else model_or_factory()
+    dense = deep_copy(model) if model is not None else model_or_factory()
     if not isinstance(dense, nn.Module):
         raise TypeError(f"model_or_factory must give a torch.nn.Module, got {type(dense).__name__}")
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .candidates import find_candidates
@@ -41,7 +41,18 @@ def factorize(model: nn.Module, plan: RankPlan) -> nn.Module:
         raise TypeError(f"plan must be a smoothk.RankPlan, got {type(plan).__name__}")
     layers = planned_layers(model, plan)
     replacements = {name: low_rank_layer(layer, plan.layers[name], name) for name, layer in layers.items()}
-    return replace_layers(copy.deepcopy(model), replacements)
+    return replace_layers(deep_copy(model), replacements)
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares no tensor with ``model``.
+
+    Pruning and the older weight norm keep a computed weight, which `copy.deepcopy` refuses; their hooks compute it
+    anew.
+    """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
 def planned_layers(model: nn.Module, plan: RankPlan) -> dict[str, Conv | nn.Linear]:

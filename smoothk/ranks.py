@@ -1,37 +1,27 @@
 """Which rank for which layer: a plan for the whole model under one budget.
 
 Every layer has a list of choices, dense or factorised at some rank, each with a cost (parameters or MACs) and an error
-(the share of ``Σσ²`` that it drops). ``method`` says how one budget is spent over the layers:
-
-- ``"uniform"``: every layer keeps the same fraction of its own cost;
-- ``"energy"``: every layer keeps the same share of its ``Σσ²``;
-- ``"global"``: the sum of the errors is minimised over all layers, by Lagrangian relaxation on the lower convex hulls
-  of the layers' (cost, error) curves (Shoham & Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
-  1988).
-
-The paper's rank rule is not published in detail; the default is our reading.
+(the share of ``Σσ²`` that it drops); `smoothk.allocation` spends the budget on them. The paper's rank rule is not
+published in detail; the default is our reading.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from .allocation import METHODS, Choice, allocate
 from .candidates import check_finite, find_candidates
 from .layers import Conv
 from .macs import LayerCalls, count_calls
 from .report import Table
-from .sensitivity import output_sensitivity
 from .svd import full_rank, parameters_per_rank, squared_singular_values
 
-METHODS = ("uniform", "energy", "global")
 SCHEMES = ("channel", "spatial", "auto")
 COSTS = ("params", "macs")
 
@@ -127,16 +117,6 @@ class RankPlan:
                 raise ValueError(f"layer {name!r} of shape {layer.shape} cannot have rank {layer.rank}")
 
 
-@dataclass(frozen=True)
-class _Choice:
-    cost: int
-    error: float
-    scheme: str
-    rank: int
-    parameters: int
-    macs: int
-
-
 def plan_ranks(
     model: nn.Module,
     keep: float = 0.3,
@@ -156,15 +136,17 @@ def plan_ranks(
             fall linearly (the quarter-circle law of a random square matrix).
         keep: fraction in (0, 1] of ALL the model's parameters (tied ones once, buffers not) or MACs that may remain.
             It is never exceeded, and filled as far as the ranks allow.
-        method: ``"uniform"``, ``"energy"`` or ``"global"`` (see the module's docstring).
+        method: how the budget is spent: ``"uniform"``, every layer keeps the same fraction of its own cost;
+            ``"energy"``, every layer keeps the same share of its ``Σσ²``; ``"global"``, the sum over all layers of the
+            dropped shares is smallest.
         scheme: ``"channel"``, ``"spatial"`` (1x1 and non-2-d layers have the channel scheme), or ``"auto"``, per
             layer. A layer stays dense where its factors would be larger.
         cost: ``"params"`` or ``"macs"``; MACs count convolutions and linear layers, per call of ``example_input``.
         rank_multiple: ranks are multiples of this (8 or 16 suit tensor cores).
         example_input: a tensor, or the tuple or dict of the model's arguments; needed for ``cost="macs"``, and makes
             the plan report MACs otherwise.
-        calibration: iterable of input batches, unlabelled; weighs each layer's error by what it does to the model's
-            output on the first of them.
+        calibration: iterable of unlabelled input batches. The present methods plan from the weights alone and do not
+            read it: layer errors measured at the model's output gave no better plans on CIFAR-10.
         exclude: names of modules to leave dense, with everything inside them.
 
     Returns:
@@ -176,7 +158,7 @@ def plan_ranks(
             works).
         TypeError: an argument of the wrong type.
     """
-    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input)
+    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration)
     found = find_candidates(model)
     layers, refused = _exclude(model, found.layers, found.refused, exclude)
     check_finite(layers)
@@ -198,15 +180,19 @@ def plan_ranks(
     smallest = fixed + sum(options[0].cost for options in choices.values())
     if smallest > budget:
         raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
-    weights = dict.fromkeys(choices, 1.0)
-    if calibration is not None:
-        weights = output_sensitivity(model, layers, calibration)
-    picked = _allocate(choices, weights, budget - fixed, method)
+    picked = allocate(choices, budget - fixed, method)
     return _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
 
 
 def _check_options(
-    model: nn.Module, keep: float, method: str, scheme: str, cost: str, rank_multiple: int, example_input: object
+    model: nn.Module,
+    keep: float,
+    method: str,
+    scheme: str,
+    cost: str,
+    rank_multiple: int,
+    example_input: object,
+    calibration: object,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -219,6 +205,8 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool) or rank_multiple < 1:
         raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple!r}")
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
     if cost == "macs" and example_input is None:
         raise ValueError("example_input must be given for cost='macs', got None")
 
@@ -260,12 +248,12 @@ def _squares(layer: Conv | nn.Linear, groups: int, scheme: str) -> Tensor:
 
 def _choices(
     layer: Conv | nn.Linear, scheme: str, cost: str, rank_multiple: int, calls: LayerCalls | None
-) -> list[_Choice]:
+) -> list[Choice]:
     """The layer's choices worth having: by rising cost and falling error, the dense layer last."""
     shape, groups = tuple(layer.weight.shape), getattr(layer, "groups", 1)
     dense_macs = calls.dense if calls else 0
     parameters = layer.weight.numel()
-    dense = _Choice(parameters if cost == "params" else dense_macs, 0.0, "dense", 0, parameters, dense_macs)
+    dense = Choice(parameters if cost == "params" else dense_macs, 0.0, "dense", 0, parameters, dense_macs)
     spatial = len(shape) == 4 and shape[2] * shape[3] > 1
     schemes = {"channel": ("channel",), "spatial": ("spatial",), "auto": ("channel", "spatial")}[scheme]
     found = [dense]
@@ -280,7 +268,7 @@ def _choices(
             price = params if cost == "params" else macs
             if price >= dense.cost:
                 break
-            found.append(_Choice(price, float(tail[rank - 1]), name, rank, params, macs))
+            found.append(Choice(price, float(tail[rank - 1]), name, rank, params, macs))
     found.sort(key=lambda c: (c.cost, c.error))
     best, frontier = math.inf, []
     for choice in found:
@@ -290,102 +278,11 @@ def _choices(
     return frontier
 
 
-def _allocate(
-    choices: Mapping[str, list[_Choice]], weights: Mapping[str, float], budget: int, method: str
-) -> dict[str, int]:
-    """Index of each layer's choice; the sum of costs is at most ``budget``."""
-    if method == "global":
-        picked = _hull_greedy(choices, weights, budget)
-    else:
-        picked = _bisect(choices, budget, method)
-    left = budget - sum(options[picked[name]].cost for name, options in choices.items())
-
-    def urgency(name: str) -> float:
-        """Smallest first: the layer furthest behind, or where a step gains most."""
-        now, after = choices[name][picked[name]], choices[name][picked[name] + 1]
-        if method == "uniform":
-            return after.cost / choices[name][-1].cost
-        if method == "energy":
-            return -now.error
-        return -weights[name] * (now.error - after.error) / (after.cost - now.cost)
-
-    # What the rule leaves over is less than one step of it: fill up with single steps, the most urgent that fits first.
-    queue = [(urgency(name), name) for name in choices if picked[name] + 1 < len(choices[name])]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        options, now = choices[name], picked[name]
-        price = options[now + 1].cost - options[now].cost
-        if price > left:
-            continue  # later steps of this layer only come after this one
-        left -= price
-        picked[name] += 1
-        if picked[name] + 1 < len(options):
-            heapq.heappush(queue, (urgency(name), name))
-    return picked
-
-
-def _hull_greedy(choices: Mapping[str, list[_Choice]], weights: Mapping[str, float], budget: int) -> dict[str, int]:
-    """Walk all layers' lower convex hulls from the steepest edge down, as far as ``budget`` goes."""
-    picked = dict.fromkeys(choices, 0)
-    left = budget - sum(options[0].cost for options in choices.values())
-    edges = []
-    for name, options in choices.items():
-        hull = _lower_hull(options)
-        for start, end in zip(hull, hull[1:], strict=False):
-            gain = weights[name] * (options[start].error - options[end].error)
-            edges.append((-gain / max(options[end].cost - options[start].cost, 1), name, start, end))
-    for _, name, start, end in sorted(edges):
-        price = choices[name][end].cost - choices[name][start].cost
-        if picked[name] == start and price <= left:
-            picked[name] = end
-            left -= price
-    return picked
-
-
-def _lower_hull(options: Sequence[_Choice]) -> list[int]:
-    """Indices of the lower convex hull of (cost, error), by rising cost (Andrew's monotone chain)."""
-    hull: list[int] = []
-    for i, c in enumerate(options):
-        while len(hull) > 1:
-            a, b = options[hull[-2]], options[hull[-1]]
-            if (b.error - a.error) * (c.cost - a.cost) < (c.error - a.error) * (b.cost - a.cost):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
-
-
-def _bisect(choices: Mapping[str, list[_Choice]], budget: int, method: str) -> dict[str, int]:
-    """The largest common level (fraction of cost, or of energy) that the budget allows."""
-
-    def at(level: float) -> dict[str, int]:
-        picked = {}
-        for name, options in choices.items():
-            if method == "uniform":
-                affordable = bisect_right([c.cost for c in options], level * options[-1].cost)
-                picked[name] = max(affordable - 1, 0)
-            else:
-                picked[name] = next(i for i, c in enumerate(options) if c.error <= 1 - level)
-        return picked
-
-    def price(picked: dict[str, int]) -> int:
-        return sum(options[picked[name]].cost for name, options in choices.items())
-
-    low, high = 0.0, 1.0
-    if price(at(high)) <= budget:
-        return at(high)
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if price(at(middle)) <= budget else (low, middle)
-    return at(low)
-
-
 def _plan(
     model: nn.Module,
     layers: Mapping[str, Conv | nn.Linear],
     refused: Mapping[str, str],
-    choices: Mapping[str, list[_Choice]],
+    choices: Mapping[str, list[Choice]],
     picked: Mapping[str, int],
     calls: Mapping[str, LayerCalls] | None,
     method: str,
