@@ -18,7 +18,7 @@ METHODS = ("uniform", "energy", "global")
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a layer; ``error`` is the share of its ``Σσ²`` that is dropped, ``cost`` what the budget counts."""
+    """One way to store a layer; ``error`` is the share of ``Σσ²`` that it drops, ``cost`` what the budget counts."""
 
     cost: int
     error: float

@@ -110,7 +110,7 @@ def compress(
         model: any module; left untouched.
         keep: fraction of the model's parameters (or MACs) that may remain, see `plan_ranks`.
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
-            It informs the planner and then recalibrates batch norm. None: nothing data-dependent runs.
+            It goes to the planner and then recalibrates batch norm. None: nothing data-dependent runs.
         **plan_options: passed on to `plan_ranks`.
 
     Returns:
