@@ -106,19 +106,18 @@ def tied() -> nn.Module:
     return pair
 
 
-# why: a module whose layers have to stay dense, and the reason that a plan gives. Linear ones take [n, 12], the others
-# [n, 12, 8, 8].
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "depthwise": (lambda: nn.Conv2d(12, 12, 3, groups=12), "depthwise"),
-    "depthwise multiplied": (lambda: nn.Conv2d(12, 24, 3, groups=12), "depthwise"),
-    "transposed": (lambda: nn.ConvTranspose2d(12, 12, 3), "transposed"),
-    "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(12, 12)), "parametrised"),
-    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(12, 12, 3)), "parametrised"),
-    "old weight norm": (with_old_weight_norm, "hook"),
-    "pruned": (lambda: prune.l1_unstructured(nn.Linear(12, 12), "weight", 0.5), "hook"),
-    "hooked": (with_hook, "hook"),
-    "own forward": (lambda: Scaled(12, 12), "Scaled has a forward of its own"),
-    "own convolution": (lambda: Standardized(12, 12, 3), "Standardized has a forward of its own"),
-    "tied": (tied, "tied"),
-    "low rank": (lambda: LowRankLinear(12, 12, 2), "low-rank already"),
+# why: a module whose layers have to stay dense, the reason that a plan gives, the shape of its input
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "depthwise": (lambda: nn.Conv2d(12, 12, 3, groups=12), "depthwise", (2, 12, 8, 8)),
+    "depthwise multiplied": (lambda: nn.Conv1d(12, 24, 3, groups=12), "depthwise", (2, 12, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(12, 12, 3), "transposed", (2, 12, 8, 8)),
+    "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(12, 12)), "parametrised", (2, 12)),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(12, 12, 3)), "parametrised", (2, 12, 8, 8)),
+    "old weight norm": (with_old_weight_norm, "hook", (2, 12)),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(12, 12), "weight", 0.5), "hook", (2, 12)),
+    "hooked": (with_hook, "hook", (2, 12)),
+    "own forward": (lambda: Scaled(12, 12), "Scaled has a forward of its own", (2, 12)),
+    "own convolution": (lambda: Standardized(12, 12, 3), "Standardized has a forward of its own", (2, 12, 8, 8)),
+    "tied": (tied, "tied", (2, 12)),
+    "low rank": (lambda: LowRankLinear(12, 12, 2), "low-rank already", (2, 12)),
 }
