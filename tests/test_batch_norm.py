@@ -1,0 +1,237 @@
+"""`smoothk.recalibrate_batch_norm`: exact means of batch statistics, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from small_models import MODELS
+from torch import Tensor, nn
+
+from smoothk import recalibrate_batch_norm
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def settings(model: nn.Module) -> list[tuple]:
+    """Modes, flags and momenta."""
+    modules = [(m.training, getattr(m, "momentum", 0), getattr(m, "track_running_stats", 0)) for m in model.modules()]
+    return [*modules, *((p.requires_grad, p.grad is None) for p in model.parameters())]
+
+
+def mean_of_batches(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean over the batches of each one's mean and unbiased variance per channel, from the definition."""
+    means, variances = [], []
+    for batch in batches:
+        rows = batch.double().movedim(1, 0).flatten(1)
+        mean = rows.sum(1) / rows.shape[1]
+        means.append(mean)
+        variances.append(((rows - mean[:, None]) ** 2).sum(1) / (rows.shape[1] - 1))
+    return sum(means) / len(means), sum(variances) / len(variances)
+
+
+NORMS = {nn.BatchNorm1d: (), nn.BatchNorm2d: (4, 3), nn.BatchNorm3d: (2, 3, 2)}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("sizes", [(5,), (2, 9, 4)], ids=str)
+def test_statistics_are_the_unweighted_mean_over_batches(
+    kind: type[nn.Module], momentum: float | None, sizes: tuple[int, ...]
+) -> None:
+    norm = kind(3, momentum=momentum, dtype=torch.float64)
+    norm.running_mean.fill_(7), norm.running_var.fill_(9), norm.num_batches_tracked.fill_(100)
+    batches = [2 * torch.randn(n, 3, *NORMS[kind], dtype=torch.float64) + i for i, n in enumerate(sizes)]
+    assert recalibrate_batch_norm(norm, batches) is norm
+    mean, variance = mean_of_batches(batches)
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, variance, rtol=1e-12, atol=1e-12)
+    assert norm.num_batches_tracked == len(sizes) and norm.momentum == momentum
+
+
+class Network(nn.Module):
+    """Two norms in a row, dropout between them, a norm that no batch reaches and one that keeps no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.first = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(0.5)
+        self.second = nn.BatchNorm2d(4)
+        self.idle = nn.BatchNorm2d(4)
+        self.free = nn.BatchNorm2d(4, track_running_stats=False)
+        self.layer_norm = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.conv(x)).relu()
+        return self.layer_norm(self.free(self.second(self.dropout(x) + 1)))
+
+
+def network() -> Network:
+    model = Network()
+    for norm in (model.first, model.second, model.idle):
+        norm.running_mean.uniform_(-3, 3), norm.running_var.uniform_(1, 3), norm.num_batches_tracked.fill_(40)
+    return model
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    return [torch.randn(2 + i, 3, 5, 5) for i in range(count)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_only_running_statistics_that_are_reached_change(training: bool) -> None:
+    model, data = network().train(training), batches()
+    model.dropout.eval(), model.second.requires_grad_(False), model.conv.requires_grad_(False)
+    model.second.train(not training), setattr(model.second, "momentum", 0.37)
+    before, settings_before = state(model), settings(model)
+    recalibrate_batch_norm(model, data)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    parts = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{norm}.{part}" for norm in ("first", "second") for part in parts}
+    assert settings(model) == settings_before
+
+
+def test_later_layers_see_normalised_inputs_and_no_dropout() -> None:
+    model, data = network().train(), batches()
+    recalibrate_batch_norm(model, data)
+    inputs = [[], []]
+    with torch.no_grad():
+        for batch in data:
+            x = model.conv(batch)
+            inputs[0].append(x)
+            y = nn.functional.batch_norm(x, None, None, model.first.weight, model.first.bias, training=True)
+            inputs[1].append(y.relu() + 1)
+    for norm, seen in zip((model.first, model.second), inputs, strict=True):
+        mean, variance = mean_of_batches(seen)
+        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_batches_in_half_precision_do_not_lose_the_mean(dtype: torch.dtype) -> None:
+    norm = nn.BatchNorm1d(8).to(dtype)
+    data = [((1 + i % 3) * torch.randn(16, 8) + 5).to(dtype) for i in range(200)]
+    recalibrate_batch_norm(norm, data)
+    for actual, expected in zip((norm.running_mean, norm.running_var), mean_of_batches(data), strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_twice_gives_the_same_bits() -> None:
+    model, data = network(), batches()
+    first = state(recalibrate_batch_norm(model, data))
+    torch.testing.assert_close(state(recalibrate_batch_norm(model, data)), first, rtol=0, atol=0)
+
+
+def test_no_graph_is_kept_and_no_gradient_made() -> None:
+    model = network()
+    recalibrate_batch_norm(model, [batch.requires_grad_() for batch in batches()])
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_any_iterable_is_read_once() -> None:
+    data = batches()
+    expected = state(recalibrate_batch_norm(copy.deepcopy(model := network()), data))
+    for iterable in (iter(data), (b for b in data), tuple(data), torch.utils.data.DataLoader(data, batch_size=None)):
+        actual = state(recalibrate_batch_norm(copy.deepcopy(model), iterable))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x, y: (x, y), lambda x, y: [x, y], lambda x, y: {"x": x, "scale": y}], ids=["tuple", "list", "dict"]
+)
+def test_batches_may_be_all_arguments_of_the_model(wrap: Callable) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.norm(x * scale)
+
+    x, scale = torch.randn(6, 3), torch.tensor(5.0)
+    model = recalibrate_batch_norm(Scaled(), [wrap(x, scale)])
+    torch.testing.assert_close(model.norm.running_mean, (5 * x).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("iterable", "error"),
+    [([], ValueError), (iter(()), ValueError), (3, TypeError), (None, TypeError)],
+    ids=["list", "iterator", "int", "None"],
+)
+def test_without_a_batch_nothing_changes(iterable: object, error: type[Exception]) -> None:
+    model = network().train()
+    before, settings_before = state(model), settings(model)
+    with pytest.raises(error, match="batches must"):
+        recalibrate_batch_norm(model, iterable)
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    assert settings(model) == settings_before
+
+
+def unreadable() -> Iterator[Tensor]:
+    yield from batches(2)
+    raise OSError("disk gone")
+
+
+@pytest.mark.parametrize(
+    ("iterable", "error"),
+    [
+        (unreadable, OSError),
+        (lambda: [*batches(2), torch.randn(2, 4, 5, 5)], RuntimeError),  # the model fails on the third batch
+        (lambda: [*batches(2), "text"], TypeError),
+    ],
+    ids=["iterable", "shape", "type"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_failure_in_the_middle_restores_everything(
+    iterable: Callable, error: type[Exception], training: bool
+) -> None:
+    model = network().train(training)
+    model.second.train(not training)
+    before, settings_before = state(model), settings(model)
+    with pytest.raises(error):
+        recalibrate_batch_norm(model, iterable())
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    assert settings(model) == settings_before
+
+
+def test_an_interrupt_restores_everything() -> None:
+    def interrupted() -> Iterator[Tensor]:
+        yield batches(1)[0]
+        raise KeyboardInterrupt
+
+    model = network()
+    before, settings_before = state(model), settings(model)
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate_batch_norm(model, interrupted())
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    assert settings(model) == settings_before
+
+
+@pytest.mark.parametrize("name", ["perceptron", "transformer"])
+def test_a_model_without_batch_norm_is_returned_as_it_is(name: str) -> None:
+    model, x = (make() for make in MODELS[name])
+    before = state(model)
+    assert recalibrate_batch_norm(model, [x]) is model
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+
+
+def test_a_norm_that_is_called_twice_sees_both_inputs() -> None:
+    norm = nn.BatchNorm1d(2, dtype=torch.float64)
+    model = nn.Sequential(norm, nn.ReLU(), norm)
+    x = torch.randn(9, 2, dtype=torch.float64)
+    recalibrate_batch_norm(model, [x])
+    hidden = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True).relu()
+    mean, variance = mean_of_batches([x, hidden.detach()])
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+
+
+def test_what_is_no_model_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got NoneType"):
+        recalibrate_batch_norm(None, batches())
