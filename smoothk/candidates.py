@@ -26,6 +26,8 @@ class Candidates:
 
 def find_candidates(model: nn.Module) -> Candidates:
     """Sort every convolution and linear layer of ``model``; a module that occurs several times has its first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     layers: dict[str, Conv | nn.Linear] = {}
     refused: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def compress(
     Raises:
         ValueError, TypeError: as `plan_ranks` and `factorize`; a calibration iterable that can be read only once.
     """
-    if calibration is not None and iter(calibration) is calibration:
+    if calibration is not None and (not isinstance(calibration, Iterable) or isinstance(calibration, Iterator)):
         raise TypeError(f"calibration must be re-iterable (a list, a DataLoader), got {type(calibration).__name__}")
     plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
     small = factorize(model, plan)
@@ -144,6 +144,10 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     Raises:
         ValueError: ``batches`` is empty. Whatever the model raises on a batch is passed on.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of input batches, got {type(batches).__name__}")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return model
