@@ -186,6 +186,28 @@ class Comparison:
         return groups
 
 
+def merge(parts: Sequence[Comparison]) -> Comparison:
+    """One comparison with the rows of all; what is said of images, recipe and provenance is what all agree on.
+
+    Raises:
+        ValueError: no parts, or parts measured on different images.
+    """
+    if not parts or any(part.data != parts[0].data for part in parts):
+        raise ValueError(f"parts must be comparisons on the same images, got {len(parts)} that differ")
+    return replace(
+        parts[0],
+        recipe=_common([part.recipe for part in parts]),
+        provenance=_common([part.provenance for part in parts]),
+        rows=tuple(row for part in parts for row in part.rows),
+    )
+
+
+def _common(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entries that are the same everywhere."""
+    first, *others = values
+    return {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
+
+
 def mean(rows: Sequence[Row], name: str) -> float:
     """Mean of a field that all ``rows`` have."""
     return statistics.fmean(getattr(row, name) for row in rows)
@@ -294,6 +316,5 @@ def measure(model: nn.Module, dataset: data.DataSet, config: TrainConfig) -> flo
 
 def _shared(networks: Sequence[Network]) -> dict[str, Any]:
     """The fields of the configurations in which all networks agree; files and threads are no part of a recipe."""
-    first, *others = (network.config.to_json() for network in networks)
-    private = FREE_FIELDS | {"threads"}
-    return {k: v for k, v in first.items() if k not in private and all(other[k] == v for other in others)}
+    shared = _common([network.config.to_json() for network in networks])
+    return {name: value for name, value in shared.items() if name not in FREE_FIELDS | {"threads"}}

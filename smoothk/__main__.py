@@ -1,0 +1,5 @@
+"""`python -m smoothk` is the command `smoothk`."""
+
+from smoothk.cli import main
+
+raise SystemExit(main())

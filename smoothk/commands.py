@@ -1,0 +1,231 @@
+"""What each command of `smoothk` does with its parsed arguments: a JSON-able payload and the text that shows it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import smoothk
+from smoothk.checkpoint import CheckpointError, atomic_write
+from smoothk.recipes import data, models, train
+from smoothk.recipes.compare import Comparison, count_parameters, measure
+
+
+class UsageError(ValueError):
+    """Options that do not go together."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command prints: ``payload`` with ``--json``, else ``text``."""
+
+    payload: Any
+    text: str
+
+
+def run_info(_: argparse.Namespace) -> Output:
+    """Versions and backends."""
+    info = smoothk.info()
+    return Output(info, str(info))
+
+
+def run_demo(args: argparse.Namespace) -> Output:
+    """The demonstration."""
+    from smoothk.recipes import demo
+
+    result = demo.run(args.out, seed=args.seed, seeds=args.seeds, epochs=args.epochs, progress=not args.quiet)
+    files = [str(path) for path in result.files]
+    payload = {**json.loads(result.comparison.to_json()), "summary": result.summary, "files": files}
+    heading = "Test accuracy in %, data-free / after batch-norm recalibration, mean over seeds:"
+    text = f"{heading}\n\n{result.comparison.overview()}\n\n{result.summary}\n\nWritten: {', '.join(files)}"
+    return Output(payload, text)
+
+
+def run_train(args: argparse.Namespace) -> Output:
+    """Train one network; with ``--resume``, options not given come from the run's own configuration."""
+    given = {name: value for name, value in vars(args).items() if name in train.TrainConfig.__dataclass_fields__}
+    out_dir = Path(given.setdefault("out_dir", "smoothk-run"))
+    saved = _saved_config(out_dir) if args.resume and (out_dir / "config.json").exists() else {}
+    try:
+        config = train.TrainConfig.from_json({**saved, **given})
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {config.device!r} asked for, but there is no CUDA device")
+    result = train.train(config, resume=args.resume, progress=not args.quiet, download=args.download)
+    payload = {"out_dir": str(out_dir), "test_accuracy": result.test_accuracy, "config": config.to_json()}
+    text = f"{result.test_accuracy:.2f} % on {len(result.dataset.test_labels):,} test images; run in {out_dir}"
+    return Output({**payload, "history": result.history}, text)
+
+
+def _saved_config(out_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((out_dir / "config.json").read_text())["config"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{out_dir / 'config.json'}: not the configuration of a run: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The model of a command, and the images to measure it with where they are known."""
+
+    model: nn.Module
+    config: train.TrainConfig
+    dataset: data.DataSet | None
+
+    def example(self, shape: list[int] | None) -> Tensor | None:
+        """One input of the model, for counting MACs."""
+        if shape is not None:
+            return torch.zeros(1, *shape)
+        return None if self.dataset is None else torch.zeros_like(self.dataset.test_images[:1], dtype=torch.float32)
+
+
+def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
+    """The network of a run directory, or of ``--model`` with the values in ``--weights``."""
+    if (args.run is None) == (args.model is None):
+        raise UsageError("give either the directory of a run or --model with --weights")
+    if args.run is not None:
+        model, config = train.load_run(args.run)
+        config = _with_data_options(config, args)
+        dataset = _dataset(config, args.download) if with_data else None
+    else:
+        if args.weights is None:
+            raise UsageError("--model needs --weights: the file that smoothk.save wrote")
+        with_data = with_data and args.data is not None
+        config = _with_data_options(train.TrainConfig(model=args.model), args)
+        dataset = _dataset(config, args.download) if with_data else None
+        options = {"num_classes": dataset.num_classes, "in_channels": dataset.in_channels} if dataset else {}
+        model = models.from_factory(args.model, **options)
+    if args.weights is not None:
+        model = smoothk.load(model, args.weights)
+    return _Source(model.eval(), config, dataset)
+
+
+def _with_data_options(config: train.TrainConfig, args: argparse.Namespace) -> train.TrainConfig:
+    given = {name: getattr(args, name) for name in ("data", "data_dir") if getattr(args, name) is not None}
+    return train.TrainConfig.from_json({**config.to_json(), **given})
+
+
+def _dataset(config: train.TrainConfig, download: bool) -> data.DataSet:
+    """The images of a run; where it held some of the training images out, those are the test images here too."""
+    dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
+    return data.split(dataset, config.validation) if config.validation > 0 else dataset
+
+
+def run_evaluate(args: argparse.Namespace) -> Output:
+    """Accuracy of a run, or of a compressed model."""
+    if args.model is not None and args.data is None:
+        raise UsageError("--model needs --data: the images to measure it with")
+    source = _source(args, with_data=True)
+    accuracy, parameters = measure(source.model, source.dataset, source.config), count_parameters(source.model)
+    images = len(source.dataset.test_labels)
+    payload = {"accuracy": accuracy, "images": images, "data": source.config.data, "parameters": parameters}
+    return Output(
+        payload, f"{accuracy:.2f} % on {images:,} test images of {source.config.data}; {parameters:,} parameters"
+    )
+
+
+def run_compress(args: argparse.Namespace) -> Output:
+    """Plan, factorise, measure, recalibrate, write: once for every size."""
+    _check_files(args)
+    wants_data = not (args.dry_run or args.no_evaluate) or args.calibrate > 0
+    source = _source(args, with_data=wants_data)
+    example = source.example(args.input_shape)
+    if args.cost == "macs" and example is None:
+        raise UsageError("--cost macs needs --input-shape, or images")
+    if args.calibrate > 0 and source.dataset is None:
+        raise UsageError("--calibrate needs images: the directory of a run, or --data")
+    results = [_compress_once(args, source, plan, example) for plan in _plans(args, source, example)]
+    return Output([payload for payload, _ in results], "\n\n".join(text for _, text in results))
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Complain about paths before anything is computed."""
+    for option in ("output", "plan"):
+        path = getattr(args, option)
+        if path is None:
+            continue
+        if len(args.keep) > 1 and "{keep}" not in path:
+            raise UsageError(f"--{option} must contain {{keep}} when there are several sizes, got {path!r}")
+        if not Path(path).parent.is_dir():
+            raise OSError(f"no such directory: {Path(path).parent}")
+
+
+def _plans(args: argparse.Namespace, source: _Source, example: Tensor | None) -> list[smoothk.RankPlan]:
+    if args.from_plan is not None:
+        try:
+            return [smoothk.RankPlan.from_json(Path(args.from_plan).read_text())]
+        except ValueError as error:
+            raise ValueError(f"{args.from_plan}: {error}") from None
+    options = {name: getattr(args, name) for name in ("method", "scheme", "cost", "rank_multiple", "exclude")}
+    return [smoothk.plan_ranks(source.model, keep, example_input=example, **options) for keep in args.keep]
+
+
+def _compress_once(
+    args: argparse.Namespace, source: _Source, plan: smoothk.RankPlan, example: Tensor | None
+) -> tuple[dict[str, Any], str]:
+    payload: dict[str, Any] = {"keep": plan.keep, "plan": json.loads(plan.to_json())}
+    lines = [str(plan)]
+    if args.plan is not None:
+        payload["plan_file"] = args.plan.replace("{keep}", f"{plan.keep:g}")
+        atomic_write(payload["plan_file"], plan.to_json().encode())
+    if args.dry_run:
+        return payload, lines[0]
+    small = smoothk.factorize(source.model, plan)
+    measured = source.dataset is not None and not args.no_evaluate
+
+    def note(name: str, label: str, model: nn.Module) -> None:
+        if measured:
+            payload[name] = measure(model, source.dataset, source.config)
+            lines.append(f"{label:<28}{payload[name]:6.2f} %")
+
+    note("dense_accuracy", "dense", source.model)
+    note("accuracy", "compressed, data-free", small)
+    if args.calibrate > 0:
+        smoothk.recalibrate_batch_norm(small, data.calibration_batches(source.dataset, args.calibrate, seed=args.seed))
+        note("accuracy_recalibrated", "batch norm recalibrated", small)
+    if args.output is not None:
+        payload["output"] = args.output.replace("{keep}", f"{plan.keep:g}")
+        smoothk.save(small, payload["output"])
+        lines.append(f"written to {payload['output']}")
+    return payload, "\n".join(lines)
+
+
+def run_plot(args: argparse.Namespace) -> Output:
+    """Figures from runs (singular values, weights) and from a result file (accuracy)."""
+    from smoothk.recipes import figures
+
+    if not args.runs and args.results is None:
+        raise UsageError("give directories of runs, or --results FILE, or both")
+    out = Path(args.out)
+    comparison = None
+    if args.results is not None:
+        try:
+            comparison = Comparison.from_json(Path(args.results).read_text())
+        except ValueError as error:
+            raise ValueError(f"{args.results}: {error}") from None
+    networks = {Path(run).resolve().name: train.load_run(run)[0] for run in args.runs}
+    if len(networks) < len(args.runs):
+        raise UsageError("directories of runs must have different names")
+    out.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[Path], None]] = {}
+    if networks:
+        drawings["singular_values.png"] = lambda path: figures.singular_values(
+            networks, path, layers=args.layers, unfolding=args.unfolding
+        )
+        drawings["weight_rows.png"] = lambda path: figures.weight_rows(
+            networks, path, layer=args.layers[0] if args.layers else None
+        )
+    if comparison is not None:
+        drawings["accuracy.png"] = lambda path: figures.accuracy(comparison, path)
+    for name, draw in drawings.items():
+        draw(out / name)
+    files = [str(out / name) for name in drawings]
+    return Output({"files": files}, "\n".join(files))

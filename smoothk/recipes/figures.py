@@ -1,0 +1,204 @@
+"""Figures for a report: singular values, accuracy against size, weights as an image. Each comes with its data as CSV.
+
+Sized for a column of 900 pixels on a screen of twice that density. The colours are those of Okabe and Ito, "Color
+universal design" (2008), which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoothk.candidates import find_candidates
+from smoothk.checkpoint import atomic_write
+from smoothk.recipes.compare import METHODS, Comparison, mean
+from smoothk.report import Table
+from smoothk.unfolding import unfold
+
+WIDTH = 9.0  # inches
+DPI = 200
+COLOURS = ("#4D4D4D", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v")
+STYLE: dict[str, Any] = {
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "savefig.dpi": DPI,
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def _figure(path: str | Path, rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A styled figure and its array of axes; written to ``path`` in one step when the block ends.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install matplotlib") from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+        yield figure, axes
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    atomic_write(path, buffer.getvalue())
+
+
+def _write_data(path: str | Path, table: Table) -> None:
+    atomic_write(Path(path).with_suffix(".csv"), table.to_csv().encode())
+
+
+def _look(index: int) -> dict[str, str]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _kernels(model: nn.Module) -> dict[str, Tensor]:
+    """Weights, by layer, of the convolutions with more than one tap; of all layers where there is none."""
+    layers = find_candidates(model).layers
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    spread = {name: w for name, w in weights.items() if w.ndim > 2 and w[0, 0].numel() > 1}
+    chosen = spread or weights
+    if not chosen:
+        raise ValueError("model must have a convolution or linear layer to draw, got none")
+    return chosen
+
+
+def default_layers(model: nn.Module) -> list[str]:
+    """Three layers of a network: a quarter of the way in, half-way, and the last."""
+    names = list(_kernels(model))
+    return list(dict.fromkeys(names[i] for i in (len(names) // 4, len(names) // 2, len(names) - 1)))
+
+
+def singular_values(
+    networks: Mapping[str, nn.Module],
+    path: str | Path,
+    *,
+    layers: Sequence[str] | None = None,
+    unfolding: str = "channel",
+) -> None:
+    """Draw how the singular values of a few layers decay, a line for each network.
+
+    Args:
+        networks: models of one architecture, by the name in the legend.
+        path: PNG to write; the plotted data go beside it as CSV.
+        layers: names of layers; default: `default_layers`.
+        unfolding: ``"channel"`` or ``"spatial"``, see `smoothk.nuclear_norm`.
+    """
+    layers = layers or default_layers(next(iter(networks.values())))
+    data: list[list[object]] = []
+    with _figure(path, 1, len(layers), 2.9, sharey=True) as (figure, axes):
+        for axis, layer in zip(axes[0], layers, strict=True):
+            for index, (name, model) in enumerate(networks.items()):
+                weight = _kernels(model)[layer]
+                values = torch.linalg.svdvals(unfold(weight, unfolding)[0].double())
+                ratios = (values / values[0]).clamp_min(1e-6).tolist()
+                positions = [(i + 1) / len(ratios) for i in range(len(ratios))]
+                axis.plot(positions, ratios, color=_look(index)["color"], label=name)
+                data += [[layer, name, i + 1, p, r] for i, (p, r) in enumerate(zip(positions, ratios, strict=True))]
+            rows, columns = unfold(weight, unfolding).shape[1:]
+            axis.set_title(f"{layer}  ({rows}×{columns})")
+            axis.set_yscale("log")
+            axis.set_xlim(0, 1)
+            axis.set_xlabel("index / full rank")
+        axes[0, 0].set_ylabel("σᵢ / σ₁")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(networks))
+    _write_data(path, Table(["layer", "network", "index", "index / full rank", "sigma / largest"], data))
+
+
+def accuracy(comparison: Comparison, path: str | Path, *, methods: Sequence[str] | None = None) -> None:
+    """Draw test accuracy against parameters kept: a column for each method, data-free above, recalibrated below.
+
+    Sizes that a method cannot reach are left out. With several seeds: the mean, and a bar from the lowest to the
+    highest.
+
+    Args:
+        comparison: the rows to draw.
+        path: PNG to write; the plotted data go beside it as CSV.
+        methods: keys of `smoothk.recipes.compare.METHODS`; default: all there are.
+    """
+    methods = list(methods or dict.fromkeys(row.method for row in comparison.rows))
+    networks = list(dict.fromkeys(row.network for row in comparison.rows))
+    keeps = sorted({row.keep for row in comparison.rows})
+    groups = comparison.groups()
+    measures = (("accuracy", "data-free"), ("accuracy_recalibrated", "batch norm recalibrated"))
+    data: list[list[object]] = []
+    with _figure(path, 2, len(methods), 4.6, sharex=True, sharey=True) as (figure, axes):
+        for axis_row, (field, label) in zip(axes, measures, strict=True):
+            for axis, method in zip(axis_row, methods, strict=True):
+                for index, network in enumerate(networks):
+                    found = [groups.get((keep, method, network), []) for keep in keeps]
+                    found = [rows for rows in found if rows and all(getattr(row, field) is not None for row in rows)]
+                    if not found:
+                        continue
+                    dense = mean(found[0], "dense_accuracy")
+                    axis.axhline(dense, color=_look(index)["color"], linestyle=(0, (4, 3)), linewidth=0.9)
+                    x = [100 * mean(rows, "parameters") / mean(rows, "parameters_before") for rows in found]
+                    y = [mean(rows, field) for rows in found]
+                    low = [m - min(getattr(row, field) for row in rows) for m, rows in zip(y, found, strict=True)]
+                    high = [max(getattr(row, field) for row in rows) - m for m, rows in zip(y, found, strict=True)]
+                    axis.errorbar(x, y, (low, high), label=network, elinewidth=0.8, **_look(index))
+                    data += [
+                        [METHODS[method].label, label, network, *point, dense]
+                        for point in zip(x, y, (m - e for m, e in zip(y, low, strict=True)), strict=True)
+                    ]
+            axis_row[0].set_ylabel(f"{label}\ntest accuracy (%)")
+        for axis, method in zip(axes[0], methods, strict=True):
+            axis.set_title(METHODS[method].label)
+        for axis in axes[1]:
+            axis.set_xlabel("parameters kept (%)")
+            axis.set_xscale("log")
+            axis.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])
+            axis.set_xticks([], minor=True)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(networks))
+    _write_data(path, Table(["method", "measure", "network", "kept %", "accuracy", "lowest", "dense"], data))
+
+
+def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: str | None = None) -> None:
+    """Draw one layer's unfolded weight as an image, a panel for each network: rows are output channels.
+
+    Every matrix is divided by the root mean square of its entries and drawn on the same colour scale; large ones are
+    cut to their upper left corner.
+
+    Args:
+        networks: models of one architecture, by the title of their panel.
+        path: PNG to write; the plotted data go beside it as CSV.
+        layer: name of the layer; default: the second of `default_layers`.
+    """
+    first = next(iter(networks.values()))
+    layer = layer or default_layers(first)[len(default_layers(first)) // 2]
+    data: list[list[object]] = []
+    with _figure(path, 1, len(networks), 3.2, sharey=True) as (figure, axes):
+        for axis, (name, model) in zip(axes[0], networks.items(), strict=True):
+            matrix = unfold(_kernels(model)[layer])[0].float()
+            corner = (matrix / matrix.square().mean().sqrt())[:48, :72]
+            image = axis.imshow(corner, cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest", aspect="equal")
+            axis.grid(False)
+            axis.set_title(name)
+            axis.set_xlabel("input channel × kernel tap")
+            data += [[name, i, *(round(v, 4) for v in row)] for i, row in enumerate(corner.tolist())]
+        axes[0, 0].set_ylabel("output channel")
+        figure.suptitle(f"{layer}, {matrix.shape[0]}×{matrix.shape[1]}, first {corner.shape[0]}×{corner.shape[1]}")
+        figure.colorbar(image, ax=axes[0], shrink=0.8, label="weight / RMS of the matrix")
+    columns = [f"column {j}" for j in range(torch.as_tensor(corner).shape[1])]
+    _write_data(path, Table(["network", "row", *columns], data))
