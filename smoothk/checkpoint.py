@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .compress import deep_copy, empty_low_rank_layer, planned_layers, replace_layers
 from .layers import _LowRank
-from .ranks import LayerPlan, RankPlan
+from .rank_plan import LayerPlan, RankPlan
 
 FORMAT_VERSION = 1
 _KEY = "smoothk"
@@ -59,7 +60,7 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
 
     Args:
         model_or_factory: the dense model (which is not changed), or a function that makes it, called once; it may be
-            on the meta device.
+            on the meta device, and may have some of the file's low-rank layers already.
         path: the file.
 
     Returns:
@@ -79,6 +80,8 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
     if not isinstance(dense, nn.Module):
         raise TypeError(f"model_or_factory must give a torch.nn.Module, got {type(dense).__name__}")
     try:
+        there = _plan_of(dense).layers  # low-rank layers that the model has already
+        plan = replace(plan, layers={name: layer for name, layer in plan.layers.items() if there.get(name) != layer})
         layers = planned_layers(dense, plan)
         small = replace_layers(dense, {n: empty_low_rank_layer(m, plan.layers[n]) for n, m in layers.items()})
         _assign(small, tensors)
@@ -165,7 +168,7 @@ def _read(path: Path) -> tuple[RankPlan, dict[str, Tensor]]:
     """Plan and tensors of a file, tied names included, every byte of it checked."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
