@@ -28,7 +28,8 @@ from .functional import (  # noqa: E402
 )
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
 from .penalties import SmoothnessPenalty  # noqa: E402
-from .ranks import RankPlan, plan_ranks  # noqa: E402
+from .rank_plan import RankPlan  # noqa: E402
+from .ranks import plan_ranks  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",

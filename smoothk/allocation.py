@@ -61,8 +61,8 @@ def allocate(choices: Mapping[str, list[Choice]], budget: int, method: str) -> d
         _, name = heapq.heappop(queue)
         options, now = choices[name], picked[name]
         price = options[now + 1].cost - options[now].cost
-        if price > left:
-            continue  # later steps of this layer only come after this one
+        if price > left or options[now + 1].error == options[now].error:
+            continue  # no later step of this layer either: they come after this one
         left -= price
         picked[name] += 1
         if picked[name] + 1 < len(options):
@@ -80,9 +80,9 @@ def _hull_greedy(choices: Mapping[str, list[Choice]], budget: int) -> dict[str, 
         for start, end in zip(hull, hull[1:], strict=False):
             gain = options[start].error - options[end].error
             edges.append((-gain / max(options[end].cost - options[start].cost, 1), name, start, end))
-    for _, name, start, end in sorted(edges):
+    for slope, name, start, end in sorted(edges):
         price = choices[name][end].cost - choices[name][start].cost
-        if picked[name] == start and price <= left:
+        if picked[name] == start and price <= left and slope < 0:
             picked[name] = end
             left -= price
     return picked

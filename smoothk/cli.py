@@ -96,7 +96,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first repetition (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions to average (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="of each training (default: the recipe's)")
+    parser.add_argument("--epochs", type=int, default=20, help="of each training (default: %(default)s)")
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .candidates import find_candidates
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
-from .ranks import LayerPlan, RankPlan, plan_ranks
+from .rank_plan import LayerPlan, RankPlan
+from .ranks import plan_ranks
 from .report import Table
 
 

@@ -7,10 +7,8 @@ published in detail; the default is our reading.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,102 +17,11 @@ from .allocation import METHODS, Choice, allocate
 from .candidates import check_finite, find_candidates
 from .layers import Conv
 from .macs import LayerCalls, count_calls
-from .report import Table
+from .rank_plan import LayerPlan, RankPlan
 from .svd import full_rank, parameters_per_rank, squared_singular_values
 
 SCHEMES = ("channel", "spatial", "auto")
 COSTS = ("params", "macs")
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One layer's part of a plan. ``scheme`` is ``"dense"`` (then ``rank`` is 0), ``"channel"`` or ``"spatial"``.
-
-    ``energy`` is the share of ``Σσ²`` kept (None in a plan read back from a model), ``reason`` why a layer has to stay
-    dense.
-    """
-
-    shape: tuple[int, ...]
-    groups: int
-    scheme: str
-    rank: int
-    parameters_before: int
-    parameters: int
-    energy: float | None = None
-    macs_before: int | None = None
-    macs: int | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """Scheme and rank of every convolution and linear layer of a model.
-
-    ``print(plan)`` shows it; `to_json` and `from_json` go both ways. Counts cover the whole model: norms, biases and
-    layers that cannot be factorised included.
-    """
-
-    method: str
-    cost: str
-    keep: float
-    parameters_before: int
-    parameters: int
-    macs_before: int | None = None
-    macs: int | None = None
-    layers: dict[str, LayerPlan] = field(default_factory=dict)
-
-    @property
-    def factorized(self) -> dict[str, LayerPlan]:
-        """The layers that the plan replaces."""
-        return {name: layer for name, layer in self.layers.items() if layer.scheme != "dense"}
-
-    def table(self) -> Table:
-        """One row per layer; energy is the share of ``Σσ²`` kept."""
-        columns = ["layer", "weight", "scheme", "rank", "params before", "params", "energy"]
-        with_macs = self.macs is not None
-        columns += ["MACs before", "MACs"] if with_macs else []
-        rows = []
-        for name, layer in self.layers.items():
-            scheme = f"dense ({layer.reason})" if layer.reason else layer.scheme
-            row: list[object] = [name, "x".join(map(str, layer.shape)), scheme, layer.rank or None]
-            row += [layer.parameters_before, layer.parameters, layer.energy]
-            row += [layer.macs_before, layer.macs] if with_macs else []
-            rows.append(row)
-        return Table([*columns], rows)
-
-    def __str__(self) -> str:
-        share = self.parameters / max(self.parameters_before, 1)
-        head = f"{self.parameters:,} of {self.parameters_before:,} parameters kept ({100 * share:.2f} %)"
-        if self.macs is not None:
-            head += f", {self.macs:,} of {self.macs_before:,} MACs ({100 * self.macs / max(self.macs_before, 1):.2f} %)"
-        return f"{head}; method {self.method}, keep {self.keep:g} of {self.cost}\n{self.table()}"
-
-    def to_json(self) -> str:
-        """JSON text that `from_json` reads back to an equal plan."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RankPlan:
-        """Read a plan; raises ValueError if ``text`` is not one."""
-        try:
-            data = json.loads(text)
-            layers = {n: LayerPlan(**{**layer, "shape": tuple(layer["shape"])}) for n, layer in data["layers"].items()}
-            plan = cls(**{**data, "layers": layers})
-            plan._check()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"text must be the JSON of a RankPlan, got {text[:60]!r} ({error})") from None
-        return plan
-
-    def _check(self) -> None:
-        """Types and ranges of everything that decides an allocation."""
-        for name, layer in self.layers.items():
-            ints = (*layer.shape, layer.groups, layer.rank)
-            if not isinstance(name, str) or any(type(i) is not int or i < 0 for i in ints):
-                raise ValueError(f"layer {name!r} has a shape, groups or rank that is not a non-negative int")
-            if layer.scheme not in ("dense", "channel", "spatial"):
-                raise ValueError(f"layer {name!r} has the unknown scheme {layer.scheme!r}")
-            if layer.scheme != "dense" and not 1 <= layer.rank <= full_rank(layer.shape, layer.groups, layer.scheme):
-                raise ValueError(f"layer {name!r} of shape {layer.shape} cannot have rank {layer.rank}")
 
 
 def plan_ranks(
@@ -127,7 +34,7 @@ def plan_ranks(
     rank_multiple: int = 1,
     example_input: Tensor | tuple | dict | None = None,
     calibration: Iterable | None = None,
-    exclude: Sequence[str] = (),
+    exclude: Iterable[str] = (),
 ) -> RankPlan:
     """Choose every layer's rank so that the whole model costs at most ``keep`` of what it does.
 
@@ -203,8 +110,10 @@ def _check_options(
     for name, value, known in (("method", method, METHODS), ("scheme", scheme, SCHEMES), ("cost", cost, COSTS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool) or rank_multiple < 1:
-        raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple!r}")
+    if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool):
+        raise TypeError(f"rank_multiple must be an int, got {type(rank_multiple).__name__}")
+    if rank_multiple < 1:
+        raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple}")
     if calibration is not None and not isinstance(calibration, Iterable):
         raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
     if cost == "macs" and example_input is None:
@@ -212,15 +121,16 @@ def _check_options(
 
 
 def _exclude(
-    model: nn.Module, layers: Mapping[str, Conv | nn.Linear], refused: Mapping[str, str], exclude: Sequence[str]
+    model: nn.Module, layers: Mapping[str, Conv | nn.Linear], refused: Mapping[str, str], exclude: Iterable[str]
 ) -> tuple[dict[str, Conv | nn.Linear], dict[str, str]]:
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a sequence of module names, got the string {exclude!r}")
+    names = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude, None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"exclude must be a sequence of module names, got {exclude!r}")
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    unknown = [name for name in exclude if name not in known]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
-    inside = {id(m) for name in exclude for m in model.get_submodule(name).modules()}
+    inside = {id(m) for name in names for m in model.get_submodule(name).modules()}
     kept = {name: layer for name, layer in layers.items() if id(layer) not in inside}
     out = {name: "excluded" for name in layers if name not in kept}
     return kept, {**refused, **out}
@@ -259,8 +169,8 @@ def _choices(
     found = [dense]
     for name in schemes if spatial else ("channel",):
         squares = _squares(layer, groups, name)
-        whole = squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        tail = (whole - squares.cumsum(0)).clamp_min(0) / whole
+        whole = squares.sum()
+        tail = (whole - squares.cumsum(0)).clamp_min(0) / torch.where(whole == 0, 1, whole)
         per_rank = parameters_per_rank(shape, groups, name)
         macs_per_rank = calls.per_rank(shape, groups, name) if calls else 0
         for rank in range(rank_multiple, len(squares) + 1, rank_multiple):
