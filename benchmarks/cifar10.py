@@ -36,6 +36,7 @@ NETWORKS = {
     "plain": {},
     "first": {"first_order": 1e-3},
     "second": {"second_order": 3e-4},
+    "nuclear-mild": {"nuclear": 1e-4, "unfolding": "spatial"},
     "nuclear": {"nuclear": 2e-4, "unfolding": "spatial"},
 }
 KEEPS = (0.3, 0.15, 0.1)
