@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .unfolding import fold, unfold
 
@@ -149,14 +148,24 @@ class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, unfolding: str, method: str) -> Tensor:
         value, factor = polar_factor(weight, unfolding, method)
-        ctx.save_for_backward(factor.to(weight.dtype))
+        ctx.save_for_backward(weight, factor.to(weight.dtype))
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return (grad * factor).to(factor.dtype), None, None
+        return _NuclearNormBackward.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _NuclearNormBackward(torch.autograd.Function):
+    """``grad · U Vᵀ``, tied to the weight so that a second derivative is an error and not silently zero."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        return (grad * factor).to(factor.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise RuntimeError("nuclear_norm has no second derivative: the singular vectors are not differentiated")
 
 
 def nuclear_norm(weights: Sequence[Tensor], *, unfolding: str = "channel", method: str = "auto") -> Tensor:
