@@ -17,7 +17,7 @@ from torch import nn
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes import figures
 from smoothk.recipes.compare import Comparison, Network, compare, merge
-from smoothk.recipes.train import TrainConfig, train
+from smoothk.recipes.train import TrainConfig, load_run, train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cifar10-small"
 RECIPE = {
@@ -55,34 +55,44 @@ def main() -> None:
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        models = {name: measure(name, seed, args).model for name in args.networks}
-        if seed == args.seeds[0]:
-            draw_networks(models, args.results)
+        for name in args.networks:
+            measure(name, seed, args)
+    draw_networks(args.out, args.results)
     comparison = read_results(args.results)
     atomic_write(args.results / "rows.csv", comparison.rows_table().to_csv().encode())
-    figures.accuracy(
-        comparison, args.results / "accuracy.png", methods=("svd", "svd-uniform", "l1-weights", "l1-filters")
-    )
+    figures.accuracy(comparison, args.results / "accuracy.png", methods=("svd",), lowest=70)
+    figures.accuracy(comparison, args.results / "methods.png", methods=[m for m in METHODS if m != "svd-spatial"])
 
 
-def measure(name: str, seed: int, args: argparse.Namespace) -> Network:
+def run_directory(out: Path, name: str, seed: int) -> Path:
+    """Where a run lives."""
+    return out / (f"{name}-{seed}" if seed else name)
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train or find one network, compare every method on it, and write the result file."""
-    run = f"{name}-{seed}"
-    out_dir = args.out / (name if seed == 0 else run)
-    config = TrainConfig(**RECIPE, **NETWORKS[name], seed=seed, data_dir=args.data_dir, out_dir=str(out_dir))
-    result = train(config, resume=True)
-    network = Network.of(name, result)
+    out_dir = str(run_directory(args.out, name, seed))
+    result = train(
+        TrainConfig(**RECIPE, **NETWORKS[name], seed=seed, data_dir=args.data_dir, out_dir=out_dir), resume=True
+    )
+    network = Network(name, result.model, result.config)
     comparison = compare([network], result.dataset, KEEPS, METHODS, title="CIFAR-10, small ResNet-18")
     if args.data_note:
         comparison = replace(comparison, data={**comparison.data, "note": args.data_note})
-    atomic_write(args.results / f"{run}.json", comparison.to_json().encode() + b"\n")
-    return network
+    atomic_write(args.results / f"{name}-{seed}.json", comparison.to_json().encode() + b"\n")
 
 
-def draw_networks(models: dict[str, nn.Module], results: Path) -> None:
-    """Figures of the weights."""
-    figures.singular_values(models, results / "singular_values.png", unfolding="spatial")
-    figures.weight_rows(models, results / "weight_rows.png")
+def draw_networks(out: Path, results: Path) -> None:
+    """Figures of the weights of every finished run with seed 0."""
+    models: dict[str, nn.Module] = {}
+    for name in NETWORKS:
+        run = run_directory(out, name, 0)
+        if (run / "model.safetensors").exists():
+            network = Network(name, *load_run(run))
+            models[network.label] = network.model
+    if models:
+        figures.singular_values(models, results / "singular_values.png", unfolding="spatial")
+        figures.weight_rows(models, results / "weight_rows.png", layer="layers.2.0.conv2")
 
 
 def read_results(directory: Path) -> Comparison:

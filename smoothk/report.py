@@ -34,7 +34,8 @@ class Table:
         """GitHub-flavoured markdown, numbers to the right."""
         head, *body = self._cells()
         rule = ["--:" if right else "---" for right in self._numeric()]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+        escaped = ([cell.replace("|", "\\|") for cell in row] for row in (head, rule, *body))
+        return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
     def to_csv(self) -> str:
         """RFC 4180 text with a header row; empty cells for missing values."""

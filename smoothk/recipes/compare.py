@@ -21,7 +21,7 @@ import smoothk
 from smoothk.macs import count_macs
 from smoothk.recipes import data, pruning
 from smoothk.recipes.provenance import stamp
-from smoothk.recipes.train import FREE_FIELDS, TrainConfig, TrainResult, evaluate
+from smoothk.recipes.train import FREE_FIELDS, TrainConfig, evaluate
 from smoothk.report import Table
 
 
@@ -56,6 +56,13 @@ METHODS: dict[str, Method] = {
 }
 
 
+def label(network: str, penalty: str) -> str:
+    """A network's name and its penalty, said once: ``"plain"``, ``"nuclear 0.0002 (spatial)"``."""
+    if penalty == "none":
+        return network
+    return penalty if penalty.startswith(network.partition("-")[0]) else f"{network}: {penalty}"
+
+
 @dataclass(frozen=True)
 class Network:
     """A trained network that takes part: the model in eval mode and how it was trained."""
@@ -63,11 +70,6 @@ class Network:
     name: str
     model: nn.Module
     config: TrainConfig
-
-    @classmethod
-    def of(cls, name: str, run: TrainResult) -> Network:
-        """The network that a training run left."""
-        return cls(name, run.model, run.config)
 
     @property
     def penalty(self) -> str:
@@ -80,6 +82,11 @@ class Network:
             (c.nuclear, f"nuclear {c.nuclear:g} ({c.unfolding}{', normalized' if c.normalized else ''})"),
         ]
         return " + ".join(text for value, text in terms if value) or "none"
+
+    @property
+    def label(self) -> str:
+        """What the network is called in figures and tables."""
+        return label(self.name, self.penalty)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,11 @@ class Row:
     accuracy_recalibrated: float | None = None
     seconds: float | None = None
     note: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the network is called in figures and tables."""
+        return label(self.network, self.penalty)
 
     @property
     def drop(self) -> float | None:

@@ -6,7 +6,9 @@ universal design" (2008), which colour-blind readers can tell apart.
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 
 from smoothk.candidates import find_candidates
 from smoothk.checkpoint import atomic_write
-from smoothk.recipes.compare import METHODS, Comparison, mean
+from smoothk.recipes.compare import METHODS, Comparison, Row, mean
 from smoothk.report import Table
 from smoothk.unfolding import unfold
 
 WIDTH = 9.0  # inches
 DPI = 200
+CORNER = 48  # rows and columns of a weight that can be told apart
+MEASURES = {"accuracy": "data-free", "accuracy_recalibrated": "batch norm recalibrated"}
+DENSE_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 0.9}
 COLOURS = ("#4D4D4D", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v")
 STYLE: dict[str, Any] = {
@@ -43,18 +48,19 @@ STYLE: dict[str, Any] = {
 }
 
 
+def check_matplotlib() -> None:
+    """Raise ImportError, with what to do, if figures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("figures need matplotlib: pip install matplotlib")
+
+
 @contextmanager
 def _figure(path: str | Path, rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """A styled figure and its array of axes; written to ``path`` in one step when the block ends.
+    """A styled figure and its array of axes; written to ``path`` in one step when the block ends."""
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -66,6 +72,12 @@ def _figure(path: str | Path, rows: int, columns: int, height: float, **options:
 
 def _write_data(path: str | Path, table: Table) -> None:
     atomic_write(Path(path).with_suffix(".csv"), table.to_csv().encode())
+
+
+def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """One legend above all panels, in two rows where one would be too long."""
+    columns = len(labels) if sum(map(len, labels)) < 70 else -(-len(labels) // 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def _look(index: int) -> dict[str, str]:
@@ -111,7 +123,7 @@ def singular_values(
             for index, (name, model) in enumerate(networks.items()):
                 weight = _kernels(model)[layer]
                 values = torch.linalg.svdvals(unfold(weight, unfolding)[0].double())
-                ratios = (values / values[0]).clamp_min(1e-6).tolist()
+                ratios = (values / values[0]).tolist()
                 positions = [(i + 1) / len(ratios) for i in range(len(ratios))]
                 axis.plot(positions, ratios, color=_look(index)["color"], label=name)
                 data += [[layer, name, i + 1, p, r] for i, (p, r) in enumerate(zip(positions, ratios, strict=True))]
@@ -119,59 +131,69 @@ def singular_values(
             axis.set_title(f"{layer}  ({rows}×{columns})")
             axis.set_yscale("log")
             axis.set_xlim(0, 1)
+            axis.set_ylim(1e-5, 1.5)  # smaller ones are rounding
             axis.set_xlabel("index / full rank")
-        axes[0, 0].set_ylabel("σᵢ / σ₁")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(networks))
+        axes[0, 0].set_ylabel(f"σᵢ / σ₁, {unfolding} unfolding")
+        _legend(figure, *axes[0, 0].get_legend_handles_labels())
     _write_data(path, Table(["layer", "network", "index", "index / full rank", "sigma / largest"], data))
 
 
-def accuracy(comparison: Comparison, path: str | Path, *, methods: Sequence[str] | None = None) -> None:
-    """Draw test accuracy against parameters kept: a column for each method, data-free above, recalibrated below.
+def accuracy(
+    comparison: Comparison, path: str | Path, *, methods: Sequence[str] | None = None, lowest: float = 0.0
+) -> None:
+    """Draw test accuracy against parameters kept, data-free and recalibrated: a column of panels for each method.
 
-    Sizes that a method cannot reach are left out. With several seeds: the mean, and a bar from the lowest to the
-    highest.
+    A single method has its two panels side by side. Sizes that a method cannot reach are left out. With several seeds:
+    the mean, and a bar from the lowest to the highest. A dashed line is the network before compression.
 
     Args:
         comparison: the rows to draw.
         path: PNG to write; the plotted data go beside it as CSV.
         methods: keys of `smoothk.recipes.compare.METHODS`; default: all there are.
+        lowest: accuracy in % at the bottom; what lies below is cut off.
     """
     methods = list(methods or dict.fromkeys(row.method for row in comparison.rows))
-    networks = list(dict.fromkeys(row.network for row in comparison.rows))
+    networks = {row.network: row.label for row in comparison.rows}
     keeps = sorted({row.keep for row in comparison.rows})
     groups = comparison.groups()
-    measures = (("accuracy", "data-free"), ("accuracy_recalibrated", "batch norm recalibrated"))
+    panels = [(method, field) for field in MEASURES for method in methods]
+    rows, columns = (1, 2) if len(methods) == 1 else (2, len(methods))
     data: list[list[object]] = []
-    with _figure(path, 2, len(methods), 4.6, sharex=True, sharey=True) as (figure, axes):
-        for axis_row, (field, label) in zip(axes, measures, strict=True):
-            for axis, method in zip(axis_row, methods, strict=True):
-                for index, network in enumerate(networks):
-                    found = [groups.get((keep, method, network), []) for keep in keeps]
-                    found = [rows for rows in found if rows and all(getattr(row, field) is not None for row in rows)]
-                    if not found:
-                        continue
-                    dense = mean(found[0], "dense_accuracy")
-                    axis.axhline(dense, color=_look(index)["color"], linestyle=(0, (4, 3)), linewidth=0.9)
-                    x = [100 * mean(rows, "parameters") / mean(rows, "parameters_before") for rows in found]
-                    y = [mean(rows, field) for rows in found]
-                    low = [m - min(getattr(row, field) for row in rows) for m, rows in zip(y, found, strict=True)]
-                    high = [max(getattr(row, field) for row in rows) - m for m, rows in zip(y, found, strict=True)]
-                    axis.errorbar(x, y, (low, high), label=network, elinewidth=0.8, **_look(index))
-                    data += [
-                        [METHODS[method].label, label, network, *point, dense]
-                        for point in zip(x, y, (m - e for m, e in zip(y, low, strict=True)), strict=True)
-                    ]
-            axis_row[0].set_ylabel(f"{label}\ntest accuracy (%)")
-        for axis, method in zip(axes[0], methods, strict=True):
-            axis.set_title(METHODS[method].label)
-        for axis in axes[1]:
-            axis.set_xlabel("parameters kept (%)")
+    with _figure(path, rows, columns, 1.4 + 1.8 * rows, sharex=True, sharey=True) as (figure, axes):
+        for axis, (method, field) in zip(axes.flat, panels, strict=True):
+            for index, (network, label) in enumerate(networks.items()):
+                cells = [groups.get((keep, method, network), []) for keep in keeps]
+                cells = [cell for cell in cells if cell and all(getattr(row, field) is not None for row in cell)]
+                if not cells:
+                    continue
+                points = [_point(cell, field) for cell in cells]
+                _curve(axis, points, label, index)
+                data += [[METHODS[method].label, MEASURES[field], network, *point] for point in points]
+            axis.set_title(f"{METHODS[method].label}\n{MEASURES[field]}")
             axis.set_xscale("log")
             axis.set_xticks([100 * keep for keep in keeps], [f"{100 * keep:g}" for keep in keeps])
             axis.set_xticks([], minor=True)
+        axes[0, 0].set_ylim(lowest, 104 if lowest == 0 else None)
+        figure.supxlabel("parameters kept (%)", fontsize=STYLE["axes.labelsize"])
+        figure.supylabel("test accuracy (%)", fontsize=STYLE["axes.labelsize"])
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(networks))
-    _write_data(path, Table(["method", "measure", "network", "kept %", "accuracy", "lowest", "dense"], data))
+        handles += axes[0, 0].plot([], [], color="#888888", **DENSE_LINE)
+        _legend(figure, handles, [*labels, "dense"])
+    _write_data(path, Table(["method", "measure", "network", "kept %", "accuracy", "lowest", "highest", "dense"], data))
+
+
+def _point(rows: Sequence[Row], field: str) -> list[float]:
+    """Parameters kept in %, accuracy (mean, lowest, highest over seeds), and accuracy before."""
+    values = [getattr(row, field) for row in rows]
+    kept = 100 * mean(rows, "parameters") / mean(rows, "parameters_before")
+    return [kept, mean(rows, field), min(values), max(values), mean(rows, "dense_accuracy")]
+
+
+def _curve(axis: Any, points: Sequence[Sequence[float]], label: str, index: int) -> None:
+    kept, mid, low, high, dense = zip(*points, strict=True)
+    bars = ([m - e for m, e in zip(mid, low, strict=True)], [e - m for m, e in zip(mid, high, strict=True)])
+    axis.axhline(dense[0], color=_look(index)["color"], **DENSE_LINE)
+    axis.errorbar(kept, mid, bars, label=label, elinewidth=0.8, **_look(index))
 
 
 def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: str | None = None) -> None:
@@ -188,17 +210,18 @@ def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: s
     first = next(iter(networks.values()))
     layer = layer or default_layers(first)[len(default_layers(first)) // 2]
     data: list[list[object]] = []
-    with _figure(path, 1, len(networks), 3.2, sharey=True) as (figure, axes):
+    with _figure(path, 1, len(networks), 2.6, sharey=True) as (figure, axes):
         for axis, (name, model) in zip(axes[0], networks.items(), strict=True):
             matrix = unfold(_kernels(model)[layer])[0].float()
-            corner = (matrix / matrix.square().mean().sqrt())[:48, :72]
-            image = axis.imshow(corner, cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest", aspect="equal")
+            corner = (matrix / matrix.square().mean().sqrt())[:CORNER, :CORNER].numpy()
+            image = axis.imshow(corner, cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest", aspect="auto")
             axis.grid(False)
-            axis.set_title(name)
+            axis.set_title(textwrap.fill(name, 130 // len(networks) // 2))
             axis.set_xlabel("input channel × kernel tap")
             data += [[name, i, *(round(v, 4) for v in row)] for i, row in enumerate(corner.tolist())]
         axes[0, 0].set_ylabel("output channel")
-        figure.suptitle(f"{layer}, {matrix.shape[0]}×{matrix.shape[1]}, first {corner.shape[0]}×{corner.shape[1]}")
-        figure.colorbar(image, ax=axes[0], shrink=0.8, label="weight / RMS of the matrix")
-    columns = [f"column {j}" for j in range(torch.as_tensor(corner).shape[1])]
+        shown = f"{corner.shape[0]}×{corner.shape[1]} of {matrix.shape[0]}×{matrix.shape[1]}"
+        figure.suptitle(f"{layer}, {shown}", fontsize=STYLE["axes.titlesize"])
+        figure.colorbar(image, ax=axes[0], label="weight / RMS")
+    columns = [f"column {j}" for j in range(corner.shape[1])]
     _write_data(path, Table(["network", "row", *columns], data))
