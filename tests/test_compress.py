@@ -118,7 +118,8 @@ def test_shared_modules_are_replaced_everywhere_and_stay_shared() -> None:
     assert parameter_count(small) == plan.parameters
     children = nn.ModuleList([model, nn.ModuleDict({"inner": model})])  # a shared container
     twice = factorize(children, plan_ranks(children, 0.5, method="uniform"))
-    assert twice[0] is twice[1]["inner"] and isinstance(twice[1]["inner"].shared, LowRankConv2d)
+    assert twice[0] is twice[1]["inner"] and isinstance(twice[0].shared, LowRankConv2d)
+    assert isinstance(twice[0].heads["b"], LowRankLinear), "three containers deep"
 
 
 def test_the_root_itself_is_replaced() -> None:
