@@ -141,7 +141,8 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     _add_source_options(parser)
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--keep",
         type=float,
         nargs="+",
@@ -149,6 +150,7 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of all parameters (or MACs) that may remain, one or several (default: 0.3)",
     )
+    size.add_argument("--from-plan", metavar="FILE", help="follow this plan in place of making one")
     parser.add_argument("--method", choices=ranks.METHODS, default="global", help="rank rule (default: %(default)s)")
     parser.add_argument("--scheme", choices=ranks.SCHEMES, default="auto", help="factorisation (default: %(default)s)")
     parser.add_argument(
@@ -158,7 +160,6 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         "--rank-multiple", type=int, default=1, metavar="N", help="ranks are multiples of this (default: 1)"
     )
     parser.add_argument("--exclude", nargs="+", default=[], metavar="LAYER", help="modules to leave dense")
-    parser.add_argument("--from-plan", metavar="FILE", help="follow this plan in place of making one")
     parser.add_argument(
         "--calibrate",
         type=int,

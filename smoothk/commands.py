@@ -135,6 +135,8 @@ def run_evaluate(args: argparse.Namespace) -> Output:
 def run_compress(args: argparse.Namespace) -> Output:
     """Plan, factorise, measure, recalibrate, write: once for every size."""
     _check_files(args)
+    if args.calibrate < 0:
+        raise UsageError(f"--calibrate must be at least 0, got {args.calibrate}")
     wants_data = not (args.dry_run or args.no_evaluate) or args.calibrate > 0
     source = _source(args, with_data=wants_data)
     example = source.example(args.input_shape)

@@ -95,6 +95,13 @@ def _kernels(model: nn.Module) -> dict[str, Tensor]:
     return chosen
 
 
+def _weight(model: nn.Module, layer: str) -> Tensor:
+    layers = find_candidates(model).layers
+    if layer not in layers:
+        raise ValueError(f"layers must name convolutions or linear layers of every network, got {layer!r}")
+    return layers[layer].weight.detach()
+
+
 def default_layers(model: nn.Module) -> list[str]:
     """Three layers of a network: a quarter of the way in, half-way, and the last."""
     names = list(_kernels(model))
@@ -121,7 +128,7 @@ def singular_values(
     with _figure(path, 1, len(layers), 2.9, sharey=True) as (figure, axes):
         for axis, layer in zip(axes[0], layers, strict=True):
             for index, (name, model) in enumerate(networks.items()):
-                weight = _kernels(model)[layer]
+                weight = _weight(model, layer)
                 values = torch.linalg.svdvals(unfold(weight, unfolding)[0].double())
                 ratios = (values / values[0]).tolist()
                 positions = [(i + 1) / len(ratios) for i in range(len(ratios))]
@@ -212,7 +219,7 @@ def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: s
     data: list[list[object]] = []
     with _figure(path, 1, len(networks), 2.6, sharey=True) as (figure, axes):
         for axis, (name, model) in zip(axes[0], networks.items(), strict=True):
-            matrix = unfold(_kernels(model)[layer])[0].float()
+            matrix = unfold(_weight(model, layer))[0].float()
             corner = (matrix / matrix.square().mean().sqrt())[:CORNER, :CORNER].numpy()
             image = axis.imshow(corner, cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest", aspect="auto")
             axis.grid(False)

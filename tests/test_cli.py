@@ -1,0 +1,257 @@
+"""The command line: results, exit codes, one-line errors, and JSON that is all of stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import smoothk
+from smoothk import cli, commands
+from smoothk.recipes.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--width", "0.25", "--batch-size", "128", "--lr", "0.1"]
+Invoke = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Runs the command line in this process: ``code``, ``out``, ``err`` and, with ``--json``, ``json``."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        parsed = json.loads(out) if "--json" in arguments and code == 0 else None
+        return SimpleNamespace(code=code, out=out, err=err, json=parsed)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs; not to be changed."""
+    out_dir = tmp_path_factory.mktemp("runs") / "plain"
+    assert cli.main(["train", "--epochs", "2", *SMALL, "--out-dir", str(out_dir), "--quiet"]) == 0
+    return out_dir
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("smoothk: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def tiny() -> nn.Module:
+    """A model for ``--model``."""
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+
+
+def test_info(invoke: Invoke) -> None:
+    assert invoke("info", "--json").json == smoothk.info()
+    assert f"smoothk {smoothk.__version__}" in " ".join(invoke("info").out.split())
+    assert invoke("--version").out == f"smoothk {smoothk.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["train", "--epochs", "many"],
+        ["train", "--epochs", "0"],
+        ["train", "--data", "imagenet"],
+        ["compress"],
+        ["compress", "run", "--model", "a:b"],
+        ["compress", "--model", "a:b"],
+        ["compress", "run", "--keep", "0.1", "0.2", "--output", "same.safetensors"],
+        ["compress", "run", "--calibrate", "-1"],
+        ["compress", "run", "--keep", "0.1", "0.2", "--from-plan", "plan.json"],
+        ["evaluate", "--model", "a:b", "--weights", "w"],
+        ["plot"],
+    ],
+)
+def test_wrong_usage_is_two_and_one_line(invoke: Invoke, arguments: list[str]) -> None:
+    done = invoke(*arguments)
+    assert (done.code, done.out) == (2, "")
+    one_line(done.err)
+
+
+def test_cuda_without_a_device_is_wrong_usage(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = invoke("train", "--device", "cuda")
+    assert done.code == 2
+    assert "no CUDA device" in one_line(done.err)
+
+
+def test_help_tells_every_training_option(invoke: Invoke) -> None:
+    text = " ".join(invoke("train", "--help").out.split())
+    for item in dataclasses.fields(TrainConfig):
+        assert f"--{item.name.replace('_', '-')}" in text
+    assert "passes over the training images. (default: 8)" in text
+    assert "--no-augment" in text
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "compress", "evaluate", "plot", "info"])
+def test_every_command_has_help(invoke: Invoke, command: str) -> None:
+    done = invoke(command, "--help")
+    assert done.code == 0 and done.out.startswith(f"usage: smoothk {command}")
+
+
+def test_training_options_reach_the_configuration(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())["config"]
+    expected = TrainConfig(epochs=2, width=0.25, batch_size=128, lr=0.1, out_dir=str(trained))
+    assert TrainConfig.from_json(config) == expected
+
+
+def test_train_prints_json_and_resumes_from_its_own_configuration(invoke: Invoke, tmp_path: Path) -> None:
+    first = invoke("train", "--epochs", 1, *SMALL, "--first-order", 0.01, "--out-dir", tmp_path / "run", "--json")
+    assert first.json["config"]["first_order"] == 0.01
+    assert first.json["test_accuracy"] == first.json["history"][-1]["test_accuracy"]
+    assert "epoch 1/1" in first.err
+    again = invoke("train", "--resume", "--out-dir", tmp_path / "run", "--json", "--quiet")
+    assert (again.json["history"], again.err) == (first.json["history"], "")
+    other = invoke("train", "--resume", "--out-dir", tmp_path / "run", "--first-order", 0.02)
+    assert other.code == 1 and "first_order=0.01" in one_line(other.err)
+    fresh = invoke("train", "--out-dir", tmp_path / "run")
+    assert fresh.code == 1 and "--resume" in one_line(fresh.err)
+
+
+def test_missing_data_is_one_line_that_says_where_to_put_it(invoke: Invoke, tmp_path: Path) -> None:
+    done = invoke("train", "--data", "cifar10", "--data-dir", tmp_path, "--out-dir", tmp_path / "run")
+    assert done.code == 1
+    assert "cifar-10-python.tar.gz" in one_line(done.err) and str(tmp_path) in done.err
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(invoke: Invoke, trained: Path) -> None:
+    history = json.loads((trained / "history.json").read_text())
+    done = invoke("evaluate", trained, "--json")
+    assert done.json["accuracy"] == pytest.approx(history[-1]["test_accuracy"], abs=0.3)  # one image is 0.28 %
+    assert done.json["data"] == "digits"
+
+
+def test_compress_writes_models_and_plans_that_can_be_read(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
+    done = invoke(
+        "compress", trained, "--keep", 0.5, 0.3, "--calibrate", 200, "--json",
+        "--output", tmp_path / "{keep}.safetensors", "--plan", tmp_path / "{keep}.json",
+    )  # fmt: skip
+    assert [result["keep"] for result in done.json] == [0.5, 0.3]
+    for result in done.json:
+        plan = smoothk.RankPlan.from_json(Path(result["plan_file"]).read_text())
+        assert plan.parameters <= result["keep"] * plan.parameters_before
+        measured = invoke("evaluate", trained, "--weights", result["output"], "--json").json
+        assert measured["parameters"] == plan.parameters
+        assert measured["accuracy"] == result["accuracy_recalibrated"]
+    data_free = invoke("compress", trained, "--from-plan", tmp_path / "0.3.json", "--json").json[0]
+    assert data_free["accuracy"] == done.json[1]["accuracy"]
+    assert data_free["plan"] == done.json[1]["plan"]
+
+
+def test_compress_shows_layers_and_accuracies(invoke: Invoke, trained: Path) -> None:
+    text = invoke("compress", trained, "--keep", 0.5).out
+    assert "parameters kept" in text and "layers.0.0.conv1" in text and "compressed, data-free" in text
+
+
+def test_dry_run_writes_no_model(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small.safetensors"
+    done = invoke("compress", trained, "--dry-run", "--output", output, "--input-shape", 1, 8, 8, "--cost", "macs")
+    assert done.code == 0 and "MACs" in done.out and not output.exists()
+
+
+def test_compress_a_model_of_ones_own(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    dense, small = tmp_path / "dense.safetensors", tmp_path / "small.safetensors"
+    smoothk.save(tiny(), dense)
+    done = invoke("compress", "--model", "test_cli:tiny", "--weights", dense, "--keep", 0.6, "--output", small)
+    assert done.code == 0, done.err
+    model = smoothk.load(tiny, small)
+    assert sum(p.numel() for p in model.parameters()) <= 0.6 * sum(p.numel() for p in tiny().parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "RUN", "--keep", "0.001"], "keep must be at least"),
+        (["compress", "RUN", "--exclude", "nothing"], "exclude must name modules"),
+        (["compress", "RUN", "--output", "missing/x.safetensors"], "no such directory: missing"),
+        (["compress", "RUN", "--from-plan", "BAD"], "must be the JSON of a RankPlan"),
+        (["compress", "RUN", "--from-plan", "missing.json"], "missing.json"),
+        (["evaluate", "missing"], "missing"),
+        (["evaluate", "RUN", "--weights", "BAD"], "bad"),
+        (["evaluate", "RUN", "--data", "cifar10", "--data-dir", "missing"], "cifar10 not found"),
+        (["plot", "--results", "BAD"], "must be the JSON of a Comparison"),
+        (["plot", "RUN", "--layers", "nothing", "--out", "OUT"], "layers must name convolutions or linear layers"),
+    ],
+)
+def test_failures_are_one_and_one_line(
+    invoke: Invoke, trained: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    bad = tmp_path / "bad"
+    bad.write_text("{}")
+    places = {"RUN": trained, "BAD": bad, "OUT": tmp_path}
+    done = invoke(*(places.get(argument, argument) for argument in arguments))
+    assert (done.code, done.out) == (1, "")
+    assert message in one_line(done.err)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(smoothk.CheckpointError):
+        cli.main(["evaluate", "missing", "--debug"])
+
+
+def test_plot_draws_runs(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
+    done = invoke("plot", trained, "--out", tmp_path / "figures", "--json")
+    assert {Path(file).name for file in done.json["files"]} == {"singular_values.png", "weight_rows.png"}
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in done.json["files"])
+
+
+def test_interruption_is_130_and_one_line(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.smoothk, "info", interrupt)
+    done = invoke("info")
+    assert (done.code, done.err) == (130, "smoothk: interrupted\n")
+
+
+def test_an_interrupted_training_resumes(tmp_path: Path) -> None:
+    """Real processes: SIGINT in the middle of training, one line, and the next one goes on where it was."""
+    command = [sys.executable, "-m", "smoothk", "train", "--width", "0.25", "--out-dir", str(tmp_path), "--resume"]
+
+    def epochs_done() -> list[dict[str, float]]:
+        path = tmp_path / "history.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def interrupt_after(count: int) -> list[dict[str, float]]:
+        process = subprocess.Popen([*command, "--epochs", "100000"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        deadline = time.monotonic() + 120
+        while len(epochs_done()) < count and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.splitlines()[-1] == "smoothk: interrupted" and "Traceback" not in err
+        return epochs_done()
+
+    first = interrupt_after(1)
+    second = interrupt_after(len(first) + 1)
+    assert second[: len(first)] == first and len(second) > len(first)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        command = [sys.executable, "-m", "smoothk", "info"]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
