@@ -133,7 +133,7 @@ def singular_values(
                 ratios = (values / values[0]).tolist()
                 positions = [(i + 1) / len(ratios) for i in range(len(ratios))]
                 axis.plot(positions, ratios, color=_look(index)["color"], label=name)
-                data += [[layer, name, i + 1, p, r] for i, (p, r) in enumerate(zip(positions, ratios, strict=True))]
+                data += [[layer, name, i + 1, len(ratios), f"{ratio:.5g}"] for i, ratio in enumerate(ratios)]
             rows, columns = unfold(weight, unfolding).shape[1:]
             axis.set_title(f"{layer}  ({rows}×{columns})")
             axis.set_yscale("log")
@@ -142,7 +142,7 @@ def singular_values(
             axis.set_xlabel("index / full rank")
         axes[0, 0].set_ylabel(f"σᵢ / σ₁, {unfolding} unfolding")
         _legend(figure, *axes[0, 0].get_legend_handles_labels())
-    _write_data(path, Table(["layer", "network", "index", "index / full rank", "sigma / largest"], data))
+    _write_data(path, Table(["layer", "network", "index", "full rank", "sigma / largest"], data))
 
 
 def accuracy(
@@ -223,10 +223,11 @@ def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: s
             corner = (matrix / matrix.square().mean().sqrt())[:CORNER, :CORNER].numpy()
             image = axis.imshow(corner, cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest", aspect="auto")
             axis.grid(False)
-            axis.set_title(textwrap.fill(name, 130 // len(networks) // 2))
-            axis.set_xlabel("input channel × kernel tap")
+            axis.set_title(textwrap.fill(name, 72 // len(networks)))
             data += [[name, i, *(round(v, 4) for v in row)] for i, row in enumerate(corner.tolist())]
         axes[0, 0].set_ylabel("output channel")
+        figure.supxlabel("input channel × kernel tap", fontsize=STYLE["axes.labelsize"])
+        figure.supxlabel("input channel × kernel tap", fontsize=STYLE["axes.labelsize"])
         shown = f"{corner.shape[0]}×{corner.shape[1]} of {matrix.shape[0]}×{matrix.shape[1]}"
         figure.suptitle(f"{layer}, {shown}", fontsize=STYLE["axes.titlesize"])
         figure.colorbar(image, ax=axes[0], label="weight / RMS")
