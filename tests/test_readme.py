@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"^smoothk (\w+)((?:.*\\\n)*.*)$", README, re.MULTILINE)
+SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+COMMANDS = re.findall(r"^smoothk (\w+)((?:.*\\\n)*.*)$", SHELL, re.MULTILINE)
 
 
 def test_there_is_one_example_for_each_use() -> None:
