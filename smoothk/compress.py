@@ -155,13 +155,21 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-    undo = list(norms)
+    totals = {norm: [0.0, 0.0] for norm in norms}
+    undo, handles = list(norms), []
+
+    def add_statistics(norm: _BatchNorm, *_: Any) -> None:
+        for i, buffer in enumerate((norm.running_mean, norm.running_var)):
+            # A mean in half precision would stop moving after some tens of batches.
+            totals[norm][i] += buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+
     try:
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # cumulative mean
+            norm.momentum = 1.0  # the buffers hold the statistics of the last batch
             norm.train()
+            handles.append(norm.register_forward_hook(add_statistics))
         count = 0
         with torch.no_grad():
             for batch in batches:
@@ -169,8 +177,14 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
                 count += 1
         if not count:
             raise ValueError("batches must hold at least one batch, got none")
+        for norm in norms:
+            if norm.num_batches_tracked > 0:
+                for buffer, total in zip((norm.running_mean, norm.running_var), totals[norm], strict=True):
+                    buffer.copy_(total / norm.num_batches_tracked)
         undo = [norm for norm in norms if norm.num_batches_tracked == 0]
     finally:
+        for handle in handles:
+            handle.remove()
         for norm in undo:
             for buffer, value in zip(norm.buffers(), before[norm], strict=True):
                 buffer.copy_(value)
