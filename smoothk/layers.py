@@ -106,6 +106,15 @@ class _LowRank(nn.Module):
             dense.bias.requires_grad_(self.bias.requires_grad)
         dense.train(self.training)
 
+    def _in_sequence(self, v: Conv | nn.Linear, u: Conv | nn.Linear) -> nn.Sequential:
+        """Torch's layers ``v`` and ``u`` one after the other, with the values of the factors."""
+        with torch.no_grad():
+            v.weight.copy_(self.v)
+            u.weight.copy_(self.u)
+            if self.bias is not None:
+                u.bias.copy_(self.bias)
+        return nn.Sequential(v, u).train(self.training)
+
 
 class _LowRankConvNd(_LowRank):
     axes: int
@@ -258,12 +267,7 @@ class _LowRankConvNd(_LowRank):
         u = torch.nn.utils.skip_init(
             conv, hidden, self.out_channels, tuple(self.u.shape[2:]), bias=self.bias is not None, **second, **options
         )
-        with torch.no_grad():
-            v.weight.copy_(self.v)
-            u.weight.copy_(self.u)
-            if self.bias is not None:
-                u.bias.copy_(self.bias)
-        return nn.Sequential(v, u).train(self.training)
+        return self._in_sequence(v, u)
 
     @property
     def weight(self) -> Tensor:
@@ -444,12 +448,7 @@ class LowRankLinear(_LowRank):
         options = {"device": self.v.device, "dtype": self.v.dtype}
         v = torch.nn.utils.skip_init(nn.Linear, self.in_features, self.rank, False, **options)
         u = torch.nn.utils.skip_init(nn.Linear, self.rank, self.out_features, self.bias is not None, **options)
-        with torch.no_grad():
-            v.weight.copy_(self.v)
-            u.weight.copy_(self.u)
-            if self.bias is not None:
-                u.bias.copy_(self.bias)
-        return nn.Sequential(v, u).train(self.training)
+        return self._in_sequence(v, u)
 
     @property
     def weight(self) -> Tensor:
