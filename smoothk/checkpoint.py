@@ -196,11 +196,20 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
+    in_file: dict[int, int] = {}
+    in_model: dict[int, int] = {}
     for name, value in wanted.items():
-        if value.shape != tensors[name].shape:
-            raise ValueError(f"{name!r} must have shape {list(value.shape)}, got {list(tensors[name].shape)}")
+        tensor = tensors[name]
+        if value.shape != tensor.shape:
+            raise ValueError(f"{name!r} must have shape {list(value.shape)}, got {list(tensor.shape)}")
+        pair = id(value), id(tensor)
+        if (in_file.setdefault(*pair), in_model.setdefault(*reversed(pair))) != pair[::-1]:
+            raise ValueError(f"{name!r} is tied to another tensor either in the file or in the model, but not in both")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta and name not in tensors:
+            raise ValueError(f"{name!r} is not in the file and has no value on the meta device")
     new: dict[int, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in model.named_modules():
         for slots in (module._parameters, module._buffers):
             for key, old in slots.items():
                 name = f"{prefix}.{key}" if prefix else key

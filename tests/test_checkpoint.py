@@ -154,9 +154,24 @@ def test_tied_parameters_are_written_once_and_stay_tied(path: Path, meta: bool) 
     with safetensors.safe_open(path, "pt") as file:
         assert len([n for n in file.keys() if file.get_slice(n).get_shape() == [30, 16]]) == 1  # noqa: SIM118
     with torch.device("meta" if meta else "cpu"):
-        loaded = load(Tied, path)
+        dense = Tied()
+    if meta:
+        with pytest.raises(CheckpointError, match="'passing' is not in the file and has no value on the meta device"):
+            load(dense, path)
+        del dense.passing
+    loaded = load(dense, path)
     assert loaded.head.weight is loaded.embedding.weight and loaded.again is loaded.body
     torch.testing.assert_close(loaded.state_dict(), small.state_dict(), rtol=0, atol=0)
+
+
+def test_ties_that_differ_are_an_error(path: Path) -> None:
+    free = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+    tied = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+    tied[1].weight = tied[0].weight
+    for written, given in ((free, tied), (tied, free)):
+        save(written, path)
+        with pytest.raises(CheckpointError, match="'1.weight' is tied to another tensor either in the file or in the"):
+            load(given, path)
 
 
 def test_layouts_and_views_are_written(path: Path) -> None:
