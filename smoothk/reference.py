@@ -109,15 +109,17 @@ def _polar_newton_schulz(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if matrix.shape[-2] > matrix.shape[-1]:
         value, factor = _polar_newton_schulz(matrix.mT, eps)
         return value, factor.mT
+    largest = matrix.abs().amax()  # squares of very large or small entries would leave float32's range
+    scaled = matrix / torch.where(largest == 0, 1, largest)
     # The Frobenius norm bounds the largest singular value; a zero matrix stays zero.
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    x = matrix / torch.where(norm == 0, 1, norm * _SAFETY)
+    norm = torch.linalg.matrix_norm(scaled, keepdim=True)
+    x = scaled / torch.where(norm == 0, 1, norm * _SAFETY)
     for step, (a, b, c) in enumerate(_POLAR_EXPRESS):
         if step < len(_POLAR_EXPRESS) - 2:
             a, b, c = a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (matrix * x).sum(), x
+    return (scaled * x).sum() * largest, x
 
 
 _POLAR: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {

@@ -26,8 +26,9 @@ def parameters_per_rank(shape: Sequence[int], groups: int = 1, scheme: str = "ch
 
 
 def squared_singular_values(weight: Tensor, groups: int = 1, scheme: str = "channel") -> Tensor:
-    """σ² of the unfolded weight, ``[groups, full_rank]``, descending, float64."""
-    return torch.linalg.eigvalsh(_smaller_gram(_matrices(weight, groups, scheme))).clamp_min(0).flip(-1)
+    """σ² of the unfolded weight in units of its largest entry squared, ``[groups, full_rank]``, descending, float64."""
+    m, _ = _scaled_matrices(weight, groups, scheme)
+    return torch.linalg.eigvalsh(_smaller_gram(m)).clamp_min(0).flip(-1)
 
 
 def truncated_factors(weight: Tensor, rank: int, groups: int = 1, scheme: str = "channel") -> tuple[Tensor, Tensor]:
@@ -36,15 +37,17 @@ def truncated_factors(weight: Tensor, rank: int, groups: int = 1, scheme: str = 
     Returns:
         ``u [groups, rows, rank]`` and ``v [groups, rank, columns]``, float64.
     """
-    m = _matrices(weight, groups, scheme)
+    m, scale = _scaled_matrices(weight, groups, scheme)
     squares, q = torch.linalg.eigh(_smaller_gram(m))
     squares, q = squares.flip(-1)[:, :rank], q.flip(-1)[..., :rank]
     # Where σ is lost in rounding any scale serves, as long as neither factor overflows: it cancels in the product.
     limits = torch.finfo(squares.dtype)
     root = squares.clamp_min(0).maximum(limits.eps * squares[:, :1]).clamp_min(limits.tiny).pow(0.25).unsqueeze(-2)
     if m.shape[-2] > m.shape[-1]:
-        return m @ q / root, (q * root).mT
-    return q * root, (m.mT @ q / root).mT
+        u, v = m @ q / root, (q * root).mT
+    else:
+        u, v = q * root, (m.mT @ q / root).mT
+    return u * scale.sqrt(), v * scale.sqrt()
 
 
 def rank_for_energy(squares: Tensor, energy: float) -> int:
@@ -54,8 +57,12 @@ def rank_for_energy(squares: Tensor, energy: float) -> int:
     return min(int((kept < (energy - 1e-12) * kept[-1]).sum()) + 1, len(kept))
 
 
-def _matrices(weight: Tensor, groups: int, scheme: str) -> Tensor:
-    return unfold(weight.detach().double(), scheme, groups)
+def _scaled_matrices(weight: Tensor, groups: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """The weight's matrices over its largest entry, and that entry: squares of float64 could leave their range."""
+    w = weight.detach().double()
+    largest = w.abs().amax()
+    scale = torch.where(largest == 0, 1, largest)
+    return unfold(w / scale, scheme, groups), scale
 
 
 def _smaller_gram(matrices: Tensor) -> Tensor:

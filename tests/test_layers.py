@@ -441,3 +441,13 @@ def test_export_lowers_to_torchs_own_operators() -> None:
 def test_the_public_names() -> None:
     for name in ("LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankLinear"):
         assert issubclass(getattr(smoothk, name), nn.Module)
+
+
+@pytest.mark.parametrize("scale", [1e170, 1e-170])
+def test_factors_of_extreme_float64_weights(scale: float) -> None:
+    linear = nn.Linear(9, 7, bias=False).double()
+    weight = linear.weight.detach().clone()
+    linear.weight.data *= scale
+    layer = LowRankLinear.from_linear(linear, 4)
+    error = torch.linalg.matrix_norm(layer.weight / scale - weight)
+    torch.testing.assert_close(error, torch.linalg.svdvals(weight)[4:].norm(), rtol=1e-10, atol=0)

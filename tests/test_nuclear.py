@@ -229,3 +229,11 @@ def test_weights_are_not_written_and_bits_repeat() -> None:
 def test_bad_arguments(kwargs: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         smoothk.nuclear_norm(**{"weights": [torch.ones(3, 2)], **kwargs})
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+@pytest.mark.parametrize("method", NUCLEAR_METHODS)
+def test_extreme_scales(method: str, scale: float) -> None:
+    weight = torch.randn(6, 9)
+    value = smoothk.nuclear_norm(weight * scale, method=method).double()
+    torch.testing.assert_close(value / scale, smoothk.nuclear_norm(weight.double(), method="svd"), rtol=1e-3, atol=0)
