@@ -55,6 +55,8 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return "not initialised (lazy)"
     kind = next(kind for kind in _DENSE_TYPES if isinstance(module, kind))
+    if vars(module).keys() & {"forward", "_conv_forward"}:
+        return "its forward is patched"
     if type(module).forward is not kind.forward or (
         kind is not nn.Linear and type(module)._conv_forward is not kind._conv_forward
     ):

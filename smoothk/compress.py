@@ -120,6 +120,8 @@ def compress(
     Raises:
         ValueError, TypeError: as `plan_ranks` and `factorize`; a calibration iterable that can be read only once.
     """
+    if isinstance(calibration, torch.Tensor):
+        raise TypeError("calibration must be an iterable of input batches, got a tensor; pass [tensor]")
     if calibration is not None and (not isinstance(calibration, Iterable) or isinstance(calibration, Iterator)):
         raise TypeError(f"calibration must be re-iterable (a list, a DataLoader), got {type(calibration).__name__}")
     plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
@@ -147,6 +149,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(batches, torch.Tensor):
+        raise TypeError("batches must be an iterable of input batches, got a tensor; pass [tensor]")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of input batches, got {type(batches).__name__}")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]

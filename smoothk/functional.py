@@ -47,7 +47,7 @@ def check_dim(dim: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_difference_options(order: int, norm: str, eps: float) -> None:
     """Raise unless these describe a difference penalty."""
-    if not isinstance(order, int):
+    if not isinstance(order, int) or isinstance(order, bool):
         raise TypeError(f"order must be an int, got {type(order).__name__}")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
@@ -271,8 +271,8 @@ def _low_rank_conv(
     groups: int,
     backend: str | None,
 ) -> Tensor:
-    for name, tensor in (("input", input), ("v", v), ("u", u)):
-        if not isinstance(tensor, Tensor):
+    for name, tensor in (("input", input), ("v", v), ("u", u), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and bias is None):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     for name, tensor in (("v", v), ("u", u)):
         if tensor.dim() != axes + 2:
@@ -281,6 +281,10 @@ def _low_rank_conv(
             )
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a real floating-point dtype, got {tensor.dtype}")
+    dtypes = {tensor.dtype for tensor in (input, v, u, bias) if tensor is not None}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(input.device.type):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise TypeError(f"input, v, u and bias must have one dtype outside autocast, got {names}")
     if input.dim() not in (axes + 1, axes + 2):
         raise ValueError(f"input must have {axes + 1} or {axes + 2} dimensions, got {list(input.shape)}")
     if not isinstance(groups, int):

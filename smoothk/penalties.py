@@ -39,6 +39,8 @@ def _named_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | N
     """The penalised parameters, tied ones once, under their first name."""
     if select is not None and not callable(select):
         raise TypeError(f"select must be callable, got {type(select).__name__}")
+    if isinstance(model, Tensor):
+        raise TypeError("model must be a module or an iterable of parameters, got a tensor; pass [tensor]")
     if not isinstance(model, Iterable | nn.Module):
         raise TypeError(f"model must be a module or an iterable of parameters, got {type(model).__name__}")
     if isinstance(model, nn.Module):
@@ -92,8 +94,9 @@ class SmoothnessPenalty(nn.Module):
     Args:
         model: a module, or an iterable of parameters.
         first_order, second_order, nuclear: coefficients λ ≥ 0 of the three terms; a term with coefficient 0 is not
-        computed. dim, norm, normalized: as in `smoothk.difference_penalty`; ``normalized`` also divides the nuclear
-        norm by ``‖W‖_F``.
+            computed.
+        dim, norm, normalized: as in `smoothk.difference_penalty`; ``normalized`` also divides the nuclear norm by
+            ``‖W‖_F``.
         unfolding: as in `smoothk.nuclear_norm`.
         select: ``(name, module, parameter) -> bool``, called for every parameter of the model; default: weights of
             convolutions and linear layers, without depthwise ones. Tied weights count once. Transposed convolutions,
@@ -165,7 +168,7 @@ class SmoothnessPenalty(nn.Module):
             )
         if not self.normalized:
             return nuclear_norm(weights, unfolding=self.unfolding, backend=self.backend)
-        total = self._zero(weights)
+        total = self._zero()
         for weight in weights:
             total = total + self._normalized_nuclear(weight).to(total.device)
         return total
@@ -179,13 +182,17 @@ class SmoothnessPenalty(nn.Module):
     def _terms(self) -> list[tuple[str, float]]:
         return [(name, self.scale * c) for name, c in self.coefficients.items() if self.scale * c > 0]
 
-    def _zero(self, weights: Sequence[Tensor]) -> Tensor:
-        return torch.zeros((), dtype=result_dtype(weights), device=weights[0].device if weights else None)
+    def _zero(self) -> Tensor:
+        """0 of the result's dtype and device, which freezing weights does not change."""
+        weights = [weight for _, weight in self._weights]
+        return torch.zeros((), dtype=result_dtype(weights), device=weights[0].device)
 
     def forward(self) -> Tensor:
         """The penalty, differentiable: 0-dim, float32 (float64 for float64 weights), on the first weight's device."""
         weights = [weight for _, weight in self._active()]
-        total = self._zero(weights)
+        total = self._zero()
+        for weight in weights:  # differentiable even where no term is active
+            total = total + weight.reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
         for name, coefficient in self._terms():
             total = total + coefficient * self._term(name, weights)
         return total
@@ -209,7 +216,7 @@ class SmoothnessPenalty(nn.Module):
         tensors = [*weights, *(weight.grad for weight in weights if weight.grad is not None)]
         for name, _ in self._terms():
             check_backend("nuclear_norm" if name == "nuclear" else "difference_penalty", self.backend, tensors)
-        total = self._zero(weights)
+        total = self._zero()
         for name, coefficient in self._terms():
             total = total + coefficient * self._accumulate(name, coefficient, weights)
         return total
@@ -234,7 +241,7 @@ class SmoothnessPenalty(nn.Module):
                 normalized=self.normalized,
                 backend=self.backend,
             )
-        total = self._zero(weights)
+        total = self._zero()
         for weight, grad in zip(weights, grads, strict=True):
             with torch.enable_grad():
                 leaf = weight.detach().requires_grad_()

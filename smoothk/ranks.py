@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -202,31 +203,23 @@ def _plan(
     plans = {}
     modules = dict(model.named_modules())
     for name in (name for name in modules if name in layers or name in refused):
-        weight = getattr(modules[name], "weight", None)
+        weight, groups = getattr(modules[name], "weight", None), getattr(modules[name], "groups", 1)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
         count = weight.numel() if isinstance(weight, nn.Parameter) else 0
-        macs_before = None if calls is None else calls[name].dense if name in calls else 0
+        macs = None if calls is None else calls[name].dense if name in calls else 0
+        dense = LayerPlan(shape, groups, "dense", 0, count, count, 1.0, macs, macs, refused.get(name))
         if name in refused:
-            groups = getattr(modules[name], "groups", 1)
-            plans[name] = LayerPlan(
-                shape, groups, "dense", 0, count, count, 1.0, macs_before, macs_before, refused[name]
-            )
+            plans[name] = dense
             continue
         choice = choices[name][picked[name]]
-        reason = "no rank is smaller" if len(choices[name]) == 1 else None
-        macs = None if calls is None else choice.macs
-        groups = getattr(layers[name], "groups", 1)
-        plans[name] = LayerPlan(
-            shape,
-            groups,
-            choice.scheme,
-            choice.rank,
-            count,
-            choice.parameters,
-            1 - choice.error,
-            macs_before,
-            macs,
-            reason,
+        plans[name] = replace(
+            dense,
+            scheme=choice.scheme,
+            rank=choice.rank,
+            parameters=choice.parameters,
+            energy=1 - choice.error,
+            macs=None if calls is None else choice.macs,
+            reason="no rank is smaller" if len(choices[name]) == 1 else None,
         )
     before = _count_parameters(model)
     after = before - sum(p.parameters_before - p.parameters for p in plans.values())

@@ -278,3 +278,19 @@ def test_what_is_no_model_is_a_type_error(model: object) -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(TypeError, match="ratio"):
         compress(perceptron(), ratio=0.3)
+
+
+def test_a_patched_forward_stays() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    original = model[0].forward
+    model[0].forward = lambda x: 2 * original(x)
+    plan = smoothk.plan_ranks(model, 0.8)
+    assert plan.layers["0"].reason == "its forward is patched" and plan.layers["1"].scheme == "channel"
+
+
+def test_one_batch_in_place_of_batches_is_named() -> None:
+    model, batch = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), torch.randn(4, 3, 8, 8)
+    with pytest.raises(TypeError, match="calibration must be an iterable of input batches, got a tensor"):
+        smoothk.compress(model, 0.8, calibration=batch)
+    with pytest.raises(TypeError, match="batches must be an iterable of input batches, got a tensor"):
+        smoothk.recalibrate_batch_norm(model, batch)

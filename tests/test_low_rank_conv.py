@@ -232,3 +232,11 @@ def test_factors_must_be_floating_point() -> None:
             smoothk.low_rank_conv2d(**tensors)
     with pytest.raises(TypeError, match="v must be a tensor, got NoneType"):
         smoothk.low_rank_conv2d(torch.zeros(X), None, torch.zeros(U))
+
+
+def test_other_than_tensors_of_one_dtype_are_named() -> None:
+    x, v, u = torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1)
+    with pytest.raises(TypeError, match="bias must be a tensor, got list"):
+        smoothk.low_rank_conv2d(x, v, u, bias=[1, 2, 3, 4])
+    with pytest.raises(TypeError, match="one dtype outside autocast, got torch.float32, torch.float64"):
+        smoothk.low_rank_conv2d(x.double(), v, u)

@@ -395,3 +395,18 @@ def test_a_gradient_that_is_not_dense_is_named_and_nothing_changes() -> None:
 def test_bad_arguments(kwargs: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SmoothnessPenalty(**{"model": small_model(), **kwargs})
+
+
+def test_a_tensor_is_no_iterable_of_parameters() -> None:
+    with pytest.raises(TypeError, match="model must be a module or an iterable of parameters, got a tensor"):
+        SmoothnessPenalty(nn.Linear(4, 4).weight)
+
+
+def test_without_an_active_term_it_is_still_differentiable() -> None:
+    layer = nn.Linear(4, 4).double()
+    penalty = SmoothnessPenalty(layer)
+    penalty.scale = 0.0
+    penalty().backward()
+    assert not layer.weight.grad.any()
+    layer.requires_grad_(False)
+    assert penalty().dtype == torch.float64
