@@ -226,7 +226,10 @@ def test_interruption_is_130_and_one_line(invoke: Invoke, monkeypatch: pytest.Mo
 
 def test_an_interrupted_training_resumes(tmp_path: Path) -> None:
     """Real processes: SIGINT in the middle of training, one line, and the next one goes on where it was."""
-    command = [sys.executable, "-m", "smoothk", "train", "--width", "0.25", "--out-dir", str(tmp_path), "--resume"]
+    # A shell that starts the tests in the background has them ignore SIGINT, and so their children.
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from smoothk import cli; "
+    command = [sys.executable, "-c", start + "sys.exit(cli.main())", "train", "--width", "0.25"]
+    command += ["--out-dir", str(tmp_path), "--resume"]
 
     def epochs_done() -> list[dict[str, float]]:
         path = tmp_path / "history.json"
@@ -234,11 +237,14 @@ def test_an_interrupted_training_resumes(tmp_path: Path) -> None:
 
     def interrupt_after(count: int) -> list[dict[str, float]]:
         process = subprocess.Popen([*command, "--epochs", "100000"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        deadline = time.monotonic() + 120
-        while len(epochs_done()) < count and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while len(epochs_done()) < count and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # a failure must not leave a training behind
         assert process.returncode == 130
         assert err.splitlines()[-1] == "smoothk: interrupted" and "Traceback" not in err
         return epochs_done()
