@@ -27,13 +27,13 @@ struct Options {
   double eps;
 };
 
-Options make_options(int64_t order, const std::vector<int64_t>& dim, const std::string& norm, bool normalized,
-                     double eps) {
-  STD_TORCH_CHECK(order == 1 || order == 2, "order must be 1 or 2, got ", order);
+Options make_options(const std::vector<int64_t>& orders, const std::vector<int64_t>& dim, const std::string& norm,
+                     bool normalized, double eps) {
+  for (int64_t order : orders) STD_TORCH_CHECK(order == 1 || order == 2, "order must be 1 or 2, got ", order);
   const std::pair<const char*, Norm> names[] = {
       {"l2", Norm::kL2}, {"l1", Norm::kL1}, {"l21", Norm::kL21}, {"huber", Norm::kHuber}};
   for (const auto& [name, value] : names) {
-    if (norm == name) return {order, dim, value, normalized, eps};
+    if (norm == name) return {0, dim, value, normalized, eps};
   }
   STD_TORCH_CHECK(false, "norm must be one of l2, l1, l21, huber, got ", norm);
 }
@@ -252,8 +252,8 @@ Tensor in_float(const Tensor& grad) {
 }
 
 // The penalty of all weights; grads, unless null, get `coefficient` times its gradient added.
-double evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads, double coefficient,
-                const Options& options) {
+double evaluate_order(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads, double coefficient,
+                      const Options& options) {
   std::vector<Entry> entries;
   std::vector<std::pair<Tensor, Tensor>> copies;  // a gradient and what is computed in its place
   const bool several_terms = options.normalized || options.dim.size() > 1;
@@ -287,55 +287,83 @@ double evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* g
   return total;
 }
 
-Tensor scalar(double value, const std::vector<Tensor>& weights) {
+std::vector<double> evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads,
+                             const std::vector<double>& coefficients, const std::vector<int64_t>& orders,
+                             Options options) {
+  std::vector<double> values;
+  for (size_t k = 0; k < orders.size(); ++k) {
+    options.order = orders[k];
+    values.push_back(evaluate_order(weights, grads, coefficients[k], options));
+  }
+  return values;
+}
+
+Tensor tensor_of(const std::vector<double>& values, const std::vector<Tensor>& weights) {
   const bool wide = !weights.empty() && weights[0].scalar_type() == ScalarType::Double;
-  return torch::stable::full({}, value, wide ? ScalarType::Double : ScalarType::Float, std::nullopt,
-                             torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor result =
+      torch::stable::empty({static_cast<int64_t>(values.size())}, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) {
+    std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
+  } else {
+    std::copy(values.begin(), values.end(), result.mutable_data_ptr<float>());
+  }
+  return result;
 }
 
-Tensor difference_penalty(const std::vector<Tensor>& weights, int64_t order, const std::vector<int64_t>& dim,
-                          const std::string& norm, bool normalized, double eps) {
-  const Options options = make_options(order, dim, norm, normalized, eps);
-  check_weights(weights);
-  return scalar(evaluate(weights, nullptr, 1, options), weights);
+// `tensor`, one number per order, in double.
+std::vector<double> numbers_of(const Tensor& tensor, const char* name, size_t count) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == static_cast<int64_t>(count), name,
+                  " must have one entry per order, on the CPU");
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
+  const double* data = wide.const_data_ptr<double>();
+  return {data, data + count};
 }
 
-std::vector<Tensor> difference_penalty_backward(const Tensor& grad, const std::vector<Tensor>& weights, int64_t order,
-                                                const std::vector<int64_t>& dim, const std::string& norm,
-                                                bool normalized, double eps) {
-  const Options options = make_options(order, dim, norm, normalized, eps);
+Tensor difference_penalty(const std::vector<Tensor>& weights, const std::vector<int64_t>& orders,
+                          const std::vector<int64_t>& dim, const std::string& norm, bool normalized, double eps) {
+  const Options options = make_options(orders, dim, norm, normalized, eps);
   check_weights(weights);
-  STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 0, "grad must be a 0-dim tensor on the CPU");
-  const double coefficient =
-      grad.scalar_type() == ScalarType::Double ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>();
+  return tensor_of(evaluate(weights, nullptr, std::vector<double>(orders.size(), 1), orders, options), weights);
+}
+
+std::vector<Tensor> difference_penalty_backward(const Tensor& grad, const std::vector<Tensor>& weights,
+                                                const std::vector<int64_t>& orders, const std::vector<int64_t>& dim,
+                                                const std::string& norm, bool normalized, double eps) {
+  const Options options = make_options(orders, dim, norm, normalized, eps);
+  check_weights(weights);
+  const std::vector<double> coefficients = numbers_of(grad, "grad", orders.size());
   std::vector<Tensor> grads;
   for (const Tensor& weight : weights) {
     grads.push_back(torch::stable::empty_like(weight));
     torch::stable::zero_(grads.back());
   }
-  evaluate(weights, &grads, coefficient, options);
+  evaluate(weights, &grads, coefficients, orders, options);
   return grads;
 }
 
 Tensor difference_penalty_accumulate_(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
-                                      double coefficient, int64_t order, const std::vector<int64_t>& dim,
-                                      const std::string& norm, bool normalized, double eps) {
-  const Options options = make_options(order, dim, norm, normalized, eps);
+                                      const Tensor& coefficients, const std::vector<int64_t>& orders,
+                                      const std::vector<int64_t>& dim, const std::string& norm, bool normalized,
+                                      double eps) {
+  const Options options = make_options(orders, dim, norm, normalized, eps);
   check_weights(weights);
   check_grads(grads, weights);
-  return scalar(evaluate(weights, &grads, coefficient, options), weights);
+  const std::vector<double> factors = numbers_of(coefficients, "coefficients", orders.size());
+  return tensor_of(evaluate(weights, &grads, factors, orders, options), weights);
 }
 
 }  // namespace
 }  // namespace smoothk
 
 STABLE_TORCH_LIBRARY(smoothk, m) {
-  m.def("difference_penalty(Tensor[] weights, int order, int[] dim, str norm, bool normalized, float eps) -> Tensor");
   m.def(
-      "difference_penalty_backward(Tensor grad, Tensor[] weights, int order, int[] dim, str norm, bool normalized, "
+      "difference_penalty(Tensor[] weights, int[] orders, int[] dim, str norm, bool normalized, float eps) -> Tensor");
+  m.def(
+      "difference_penalty_backward(Tensor grad, Tensor[] weights, int[] orders, int[] dim, str norm, bool normalized, "
       "float eps) -> Tensor[]");
   m.def(
-      "difference_penalty_accumulate_(Tensor(a!)[] grads, Tensor[] weights, float coefficient, int order, int[] dim, "
+      "difference_penalty_accumulate_(Tensor(a!)[] grads, Tensor[] weights, Tensor coefficients, int[] orders, int[] "
+      "dim, "
       "str norm, bool normalized, float eps) -> Tensor");
 }
 

@@ -116,7 +116,7 @@ def _load_cpp() -> str | None:
         )
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return reason
-    importlib.import_module("smoothk.cpp_ops")
+    importlib.import_module("smoothk.ops").register("smoothk")
     return None
 
 

@@ -81,12 +81,12 @@ def _by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _sum_over_kinds(tensors: Sequence[Tensor], value_of: Callable[[list[int]], Tensor]) -> Tensor:
-    """Sum of ``value_of(indices)`` over the groups of `_by_kind`, on the first tensor's device."""
+def _sum_over_kinds(tensors: Sequence[Tensor], terms: int, values_of: Callable[[list[int]], Tensor]) -> Tensor:
+    """Sum of ``values_of(indices)``, ``[terms]``, over the groups of `_by_kind`, on the first tensor's device."""
     device = tensors[0].device if tensors else None
-    total = torch.zeros((), dtype=reference.result_dtype(tensors), device=device)
+    total = torch.zeros(terms, dtype=reference.result_dtype(tensors), device=device)
     for indices in _by_kind(tensors):
-        total = total + value_of(indices).to(device=total.device, dtype=total.dtype)
+        total = total + values_of(indices).to(device=total.device, dtype=total.dtype)
     return total
 
 
@@ -138,22 +138,13 @@ def difference_penalty(
     dims = check_dim(dim)
     check_difference_options(order, norm, eps)
 
-    def value_of(indices: list[int]) -> Tensor:
-        group = [tensors[i] for i in indices]
-        if _backend.choose("difference_penalty", backend, group) == "cpp":
-            return torch.ops.smoothk.difference_penalty(group, order, dims, norm, normalized, eps)
-        return reference.difference_penalty(group, order, dim=dims, norm=norm, normalized=normalized, eps=eps)
-
-    if not tensors:  # a backend asked for by name must be there even if it has nothing to do
-        _backend.choose("difference_penalty", backend, tensors)
-    return _sum_over_kinds(tensors, value_of)
+    terms = difference_terms(tensors, [order], dim=dims, norm=norm, normalized=normalized, eps=eps, backend=backend)
+    return terms[0]
 
 
-def accumulate_difference_penalty(
+def difference_terms(
     weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    coefficient: float,
-    order: int,
+    orders: Sequence[int],
     *,
     dim: tuple[int, ...],
     norm: str,
@@ -161,30 +152,56 @@ def accumulate_difference_penalty(
     eps: float = 1e-8,
     backend: str | None = None,
 ) -> Tensor:
-    """Add ``coefficient`` times the penalty's gradient into ``grads`` in place, without autograd.
+    """`difference_penalty` of every order in ``orders`` (``[1]``, ``[2]`` or ``[1, 2]``), ``[len(orders)]``, in one pass.
 
-    ``grads[i]`` has the shape and device of ``weights[i]``. Arguments are taken as checked. Returns the value without
-    the coefficient, a 0-dim tensor as from `difference_penalty`.
+    Differentiable. Arguments are taken as checked.
     """
 
-    def value_of(indices: list[int]) -> Tensor:
+    def values_of(indices: list[int]) -> Tensor:
+        group = [weights[i] for i in indices]
+        if _backend.choose("difference_penalty", backend, group) == "cpp":
+            return torch.ops.smoothk.difference_penalty(group, orders, dim, norm, normalized, eps)
+        return reference.difference_terms(group, orders, dim=dim, norm=norm, normalized=normalized, eps=eps)
+
+    if not weights:  # a backend asked for by name must be there even if it has nothing to do
+        _backend.choose("difference_penalty", backend, weights)
+    return _sum_over_kinds(weights, len(orders), values_of)
+
+
+def accumulate_difference_penalty(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    coefficients: Tensor,
+    orders: Sequence[int],
+    *,
+    dim: tuple[int, ...],
+    norm: str,
+    normalized: bool,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    """Add the gradient of ``Σ coefficients[k] * P_orders[k]`` into ``grads`` in place, without autograd.
+
+    ``grads[i]`` has the shape and device of ``weights[i]``; ``coefficients`` is float64, ``[len(orders)]``. Arguments
+    are taken as checked. Returns the terms without coefficients, as `difference_terms` does.
+    """
+
+    def values_of(indices: list[int]) -> Tensor:
         ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
+        factors = coefficients.to(ws[0].device)
         chosen = _backend.choose("difference_penalty", backend, [*ws, *gs])
         if chosen == "cpp":
-            return torch.ops.smoothk.difference_penalty_accumulate_(
-                gs, ws, coefficient, order, dim, norm, normalized, eps
-            )
-        return sum(_accumulate_one(w, g) for w, g in zip(ws, gs, strict=True))
+            return torch.ops.smoothk.difference_penalty_accumulate_(gs, ws, factors, orders, dim, norm, normalized, eps)
+        return sum(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
 
-    def _accumulate_one(weight: Tensor, grad: Tensor) -> Tensor:
+    def _accumulate_one(weight: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         with torch.enable_grad():
-            weight.requires_grad_()
-            value = reference.difference_penalty([weight], order, dim=dim, norm=norm, normalized=normalized, eps=eps)
-        if value.requires_grad:  # a tensor too short for the order has no gradient
-            grad.add_(torch.autograd.grad(value, weight)[0], alpha=coefficient)
-        return value.detach()
+            w = weight.to(reference.compute_dtype(weight.dtype)).detach().requires_grad_()
+            terms = reference.difference_terms([w], orders, dim=dim, norm=norm, normalized=normalized, eps=eps)
+        grad.add_(torch.autograd.grad(terms, w, factors.to(terms.dtype))[0])
+        return terms.detach()
 
-    return _sum_over_kinds(weights, value_of)
+    return _sum_over_kinds(weights, len(orders), values_of)
 
 
 def nuclear_norm(

@@ -234,13 +234,13 @@ class SmoothnessPenalty(nn.Module):
             return accumulate_difference_penalty(
                 weights,
                 grads,
-                coefficient,
-                order,
+                torch.tensor([coefficient], dtype=torch.float64),
+                [order],
                 dim=self.dim,
                 norm=self.norm,
                 normalized=self.normalized,
                 backend=self.backend,
-            )
+            )[0]
         total = self._zero()
         for weight, grad in zip(weights, grads, strict=True):
             with torch.enable_grad():

@@ -6,6 +6,7 @@ Arguments are taken as checked (`smoothk.functional` does that). Half-precision 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,11 @@ def difference_penalty(
             value = torch.where(zero, 0, value / (scale if norm == "l2" else scale.sqrt()))
         total = total + value.to(device=total.device, dtype=total.dtype)
     return total
+
+
+def difference_terms(weights: Sequence[Tensor], orders: Sequence[int], **options: Any) -> Tensor:
+    """`difference_penalty` of every order, ``[len(orders)]``."""
+    return torch.stack([difference_penalty(weights, order, **options) for order in orders])
 
 
 def _polar_svd(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:

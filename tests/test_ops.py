@@ -1,4 +1,4 @@
-"""The C++ operators called directly: what `smoothk.difference_penalty` does not show (its case table is there)."""
+"""The operators called directly: what `smoothk.difference_penalty` does not show (its case table is there)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import numpy as np
 import numpy_reference
 import pytest
 import torch
@@ -19,8 +20,9 @@ from smoothk.functional import NORMS
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 
-OPTIONS = list(product((1, 2), NORMS, (False, True)))  # order, norm, normalized
+OPTIONS = list(product(([1], [2], [1, 2]), NORMS, (False, True)))  # orders, norm, normalized
 EPS = 1e-8
+COEFFICIENTS = torch.tensor([0.25, -0.75], dtype=torch.float64)  # of the orders, as many as there are
 
 
 def penalty(*args) -> Tensor:
@@ -31,13 +33,20 @@ def backward(*args) -> list[Tensor]:
     return torch.ops.smoothk.difference_penalty_backward(*args)
 
 
-def accumulate(*args) -> Tensor:
-    return torch.ops.smoothk.difference_penalty_accumulate_(*args)
+def accumulate(grads: list[Tensor], weights: list[Tensor], orders: list[int], *options) -> Tensor:
+    coefficients = COEFFICIENTS[: len(orders)]
+    return torch.ops.smoothk.difference_penalty_accumulate_(grads, weights, coefficients, orders, *options)
 
 
-def expected(weights: list[Tensor], order: int, dim: list[int], norm: str, normalized: bool, eps: float = EPS):
+def expected(
+    weights: list[Tensor], orders: list[int], dim: list[int], norm: str, normalized: bool, eps: float = EPS
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The terms of all orders, and for each weight the gradient of their sum with `COEFFICIENTS`."""
     arrays = [weight.detach().double().numpy() for weight in weights]
-    return numpy_reference.difference_penalty(arrays, order, dim, norm, normalized, eps)
+    terms = [numpy_reference.difference_penalty(arrays, order, dim, norm, normalized, eps) for order in orders]
+    gradients = zip(*(gradients for _, gradients in terms), strict=True)
+    combined = [sum(c * g for c, g in zip(COEFFICIENTS.tolist(), each, strict=False)) for each in gradients]
+    return np.array([value for value, _ in terms]), combined
 
 
 def misaligned(tensor: Tensor) -> Tensor:
@@ -65,9 +74,9 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
-@pytest.mark.parametrize(("order", "norm", "normalized"), OPTIONS)
+@pytest.mark.parametrize(("orders", "norm", "normalized"), OPTIONS)
 def test_accumulate_adds_the_scaled_gradient(
-    layout: str, dtype: torch.dtype, order: int, norm: str, normalized: bool
+    layout: str, dtype: torch.dtype, orders: list[int], norm: str, normalized: bool
 ) -> None:
     place_weight, place_grad = LAYOUTS[layout]
     shapes = ((7, 5, 3, 3), (1, 4, 2, 2), (33, 2, 1, 17))
@@ -75,50 +84,50 @@ def test_accumulate_adds_the_scaled_gradient(
     for dim in ([0], [-1, 1], [2, 9, -9]):
         before = [torch.randn(shape).to(dtype) for shape in shapes]
         grads = [place_grad(grad.clone()) for grad in before]
-        value, gradients = expected(weights, order, dim, norm, normalized)
-        result = accumulate(grads, weights, 0.25, order, dim, norm, normalized, EPS)
+        value, gradients = expected(weights, orders, dim, norm, normalized)
+        result = accumulate(grads, weights, orders, dim, norm, normalized, EPS)
         assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and not result.requires_grad
         assert_close_rel(result, value, torch.float64 if dtype == torch.float64 else torch.float32)
         for grad, start, gradient in zip(grads, before, gradients, strict=True):
-            assert_close_rel(grad, start.double() + 0.25 * torch.from_numpy(gradient), dtype)
+            assert_close_rel(grad, start.double() + torch.from_numpy(gradient), dtype)
 
 
 def test_bfloat16_weights_take_float32_gradients() -> None:
     weight = torch.randn(9, 6).bfloat16()
-    for order, norm, normalized in OPTIONS:
+    for orders, norm, normalized in OPTIONS:
         grad = torch.zeros(9, 6)
-        accumulate([grad], [weight], 1.0, order, [0, 1], norm, normalized, EPS)
-        assert_close_rel(grad, expected([weight], order, [0, 1], norm, normalized)[1][0], torch.float32)
+        accumulate([grad], [weight], orders, [0, 1], norm, normalized, EPS)
+        assert_close_rel(grad, expected([weight], orders, [0, 1], norm, normalized)[1][0], torch.float32)
 
 
 def test_bfloat16_gradients_are_rounded_to_nearest_even() -> None:
     # Integers make the gradient exact, so that only the last rounding is left.
     weight = torch.randint(-8, 9, (40, 50)).bfloat16()
     grad = torch.randn(40, 50).mul(64).bfloat16()
-    exact = torch.from_numpy(expected([weight], 1, [0], "l2", False)[1][0]).float()
+    exact = torch.from_numpy(expected([weight], [1], [0], "l2", False)[1][0]).float()
     wanted = (grad.float() + exact).bfloat16()
-    accumulate([grad], [weight], 1.0, 1, [0], "l2", False, EPS)
+    accumulate([grad], [weight], [1], [0], "l2", False, EPS)
     assert torch.equal(grad, wanted)
 
 
 def test_backward_is_the_gradient_in_the_strides_of_the_weight() -> None:
     base = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     weights = [LAYOUTS[name][0](base) for name in ("contiguous", "channels_last", "transposed", "misaligned")]
-    for order, norm, normalized in OPTIONS:
-        grads = backward(torch.tensor(-2.0, dtype=torch.float64), weights, order, [0, 2], norm, normalized, EPS)
-        gradients = expected(weights, order, [0, 2], norm, normalized)[1]
+    for orders, norm, normalized in OPTIONS:
+        grads = backward(COEFFICIENTS[: len(orders)], weights, orders, [0, 2], norm, normalized, EPS)
+        gradients = expected(weights, orders, [0, 2], norm, normalized)[1]
         for grad, weight, gradient in zip(grads, weights, gradients, strict=True):
             assert grad.stride() == weight.stride()
-            assert_close_rel(grad, -2 * gradient, torch.float64)
+            assert_close_rel(grad, gradient, torch.float64)
 
 
 def test_a_dim_that_is_missing_or_short_leaves_the_gradient_alone() -> None:
-    for order, norm, normalized in OPTIONS:
-        weights = [torch.randn(order, 3), torch.randn(4)]
-        grads = [torch.randn(order, 3), torch.randn(4)]
+    for orders, norm, normalized in OPTIONS:
+        weights = [torch.randn(min(orders), 3), torch.randn(4)]
+        grads = [torch.randn(min(orders), 3), torch.randn(4)]
         before = [grad.clone() for grad in grads]
-        assert accumulate(grads[:1], weights[:1], 1.0, order, [0], norm, normalized, EPS) == 0
-        assert accumulate(grads[1:], weights[1:], 1.0, order, [1, -2], norm, normalized, EPS) == 0
+        assert not accumulate(grads[:1], weights[:1], orders, [0], norm, normalized, EPS).any()
+        assert not accumulate(grads[1:], weights[1:], orders, [1, -2], norm, normalized, EPS).any()
         assert all(map(torch.equal, grads, before))
 
 
@@ -127,7 +136,7 @@ def test_a_nan_reaches_every_gradient_entry_it_touches(norm: str) -> None:
     weight = torch.randn(9, 4)
     weight[4, 1] = float("nan")
     for order in (1, 2):
-        (grad,) = backward(torch.tensor(1.0), [weight], order, [0], norm, False, EPS)
+        (grad,) = backward(torch.ones(1), [weight], [order], [0], norm, False, EPS)
         rows = torch.arange(4 - order, 5 + order)
         touched = torch.zeros(9, 4, dtype=torch.bool)
         touched[rows, 1] = True
@@ -144,12 +153,12 @@ def many_tiles(dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     weights = many_tiles(dtype)
-    for order, norm, normalized in OPTIONS[::5]:  # every norm, both orders, one pass and two
+    for orders, norm, normalized in OPTIONS[::5]:  # every norm, both orders, one pass and two
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             grads = [torch.ones_like(weight) for weight in weights]
-            value = accumulate(grads, weights, 0.5, order, [0, 1], norm, normalized, EPS)
+            value = accumulate(grads, weights, orders, [0, 1], norm, normalized, EPS)
             results.append([value, *grads])
         for result in results[1:]:
             assert all(map(torch.equal, results[0], result))
@@ -160,7 +169,7 @@ def test_calls_from_many_threads_do_not_disturb_each_other() -> None:
 
     def call(_: int) -> list[Tensor]:
         grads = [torch.zeros_like(weight) for weight in weights]
-        return [accumulate(grads, weights, 1.0, 2, [0], "l21", True, EPS), *grads]
+        return [accumulate(grads, weights, [1, 2], [0], "l21", True, EPS), *grads]
 
     with ThreadPoolExecutor(8) as pool:
         first, *others = pool.map(call, range(40))
@@ -185,7 +194,7 @@ for order in (1, 2):
                 weight.copy_(values), grad.zero_()
                 views = ([grad.t()], [weight.t()]) if transpose else ([grad], [weight])
                 value = torch.ops.smoothk.difference_penalty_accumulate_(
-                    *views, 1.0, order, [int(transpose)], norm, False, 1e-8
+                    *views, torch.ones(1, dtype=torch.float64), [order], [int(transpose)], norm, False, 1e-8
                 )
                 results.append((value, grad))
             (value, grad), (far_value, far_grad) = results
@@ -194,55 +203,56 @@ for order in (1, 2):
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
-@pytest.mark.parametrize(("order", "norm", "normalized"), OPTIONS)
-def test_accumulate_allocates_no_tensor_of_a_weights_size(order: int, norm: str, normalized: bool) -> None:
+@pytest.mark.parametrize(("orders", "norm", "normalized"), OPTIONS)
+def test_accumulate_allocates_no_tensor_of_a_weights_size(orders: list[int], norm: str, normalized: bool) -> None:
     weights = [torch.randn(256, 300), torch.randn(64, 3, 3, 3).to(memory_format=torch.channels_last)]
     grads = [torch.zeros_like(weight) for weight in weights]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        accumulate(grads, weights, 1.0, order, [0, 1], norm, normalized, EPS)
+        accumulate(grads, weights, orders, [0, 1], norm, normalized, EPS)
     allocated = [event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0]
-    assert allocated and sum(allocated) <= 64  # the scalar that is returned
+    assert allocated and sum(allocated) <= 64  # the terms that are returned, and bookkeeping of the allocator
 
 
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("order must be 1 or 2, got 3", {"order": 3}),
+        ("order must be 1 or 2, got 3", {"orders": [1, 3]}),
         ("norm must be one of l2, l1, l21, huber, got l3", {"norm": "l3"}),
         ("dtype must be float32, float64 or bfloat16, got Half", {"weights": [torch.ones(4, 3).half()] * 2}),
         ("weights must have one dtype", {"weights": [torch.ones(4, 3), torch.ones(2, 5).double()]}),
         ("grads must have one tensor per weight, got 1 for 2", {"grads": [torch.ones(4, 3)]}),
         (r"grads\[1\] must have the shape of weights\[1\]", {"grads": [torch.ones(4, 3), torch.ones(5, 2)]}),
         ("grads must have the dtype of the weights", {"grads": [torch.ones(4, 3).double(), torch.ones(2, 5).double()]}),
+        ("coefficients must have one entry per order", {"orders": [1, 2, 1]}),
         ("grads must not share memory", {"weights": [torch.ones(4, 3)] * 2, "grads": [torch.ones(4, 3)] * 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_arguments_change_nothing(message: str, change: dict) -> None:
     arguments = {"weights": [torch.randn(4, 3), torch.randn(2, 5)], "grads": [torch.ones(4, 3), torch.ones(2, 5)]}
-    arguments |= {"order": 1, "norm": "l2"} | change
+    arguments |= {"orders": [1], "norm": "l2"} | change
     grads = arguments["grads"]
     before = [grad.clone() for grad in grads]
     with pytest.raises(RuntimeError, match=message):
-        accumulate(grads, arguments["weights"], 1.0, arguments["order"], [0], arguments["norm"], False, EPS)
+        accumulate(grads, arguments["weights"], arguments["orders"], [0], arguments["norm"], False, EPS)
     assert all(map(torch.equal, grads, before))
 
 
 def test_expanded_gradients_are_refused() -> None:
     grad = torch.zeros(1, 3).expand(4, 3)
     with pytest.raises(RuntimeError, match=r"grads\[0\] must not be an expanded tensor"):
-        accumulate([grad], [torch.randn(4, 3)], 1.0, 1, [0], "l2", False, EPS)
+        accumulate([grad], [torch.randn(4, 3)], [1], [0], "l2", False, EPS)
     assert not grad.any()
 
 
-@pytest.mark.parametrize(("order", "norm", "normalized"), OPTIONS)
-def test_derivatives_of_the_penalty_and_of_its_backward(order: int, norm: str, normalized: bool) -> None:
+@pytest.mark.parametrize(("orders", "norm", "normalized"), OPTIONS)
+def test_derivatives_of_the_penalty_and_of_its_backward(orders: list[int], norm: str, normalized: bool) -> None:
     free = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)]
     free[1].requires_grad_()
     frozen = torch.randn(3, 4, dtype=torch.float64)
 
     def value(a: Tensor, b: Tensor) -> Tensor:
-        return penalty([a, frozen, b], order, [0, 1], norm, normalized, 1e-2)
+        return penalty([a, frozen, b], orders, [0, 1], norm, normalized, 1e-2)
 
     assert torch.autograd.gradcheck(value, free, fast_mode=True)
     assert torch.autograd.gradgradcheck(value, free, fast_mode=True)
@@ -252,7 +262,7 @@ def test_third_derivative() -> None:
     weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
 
     def slope(w: Tensor) -> Tensor:
-        (grad,) = torch.autograd.grad(penalty([w], 1, [0], "l21", False, 1e-2), w, create_graph=True)
+        (grad,) = torch.autograd.grad(penalty([w], [1], [0], "l21", False, 1e-2), w, create_graph=True)
         return grad
 
     assert torch.autograd.gradgradcheck(slope, [weight], fast_mode=True)
@@ -260,9 +270,10 @@ def test_third_derivative() -> None:
 
 def test_frozen_weights_get_no_gradient() -> None:
     frozen, free = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)
-    penalty([frozen, free, frozen], 1, [0], "l2", False, EPS).backward()
+    terms = penalty([frozen, free, frozen], [1, 2], [0], "l2", False, EPS)
+    (terms * COEFFICIENTS).sum().backward()
     assert frozen.grad is None
-    assert_close_rel(free.grad, expected([free], 1, [0], "l2", False)[1][0], torch.float32)
+    assert_close_rel(free.grad, expected([free], [1, 2], [0], "l2", False)[1][0], torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "transposed", "bfloat16", "requires_grad"])
@@ -276,8 +287,9 @@ def test_opcheck(name: str, kind: str) -> None:
         weights = [weight.requires_grad_() for weight in weights]
     first = {
         "difference_penalty": (),
-        "difference_penalty_backward": (torch.tensor(2.0, requires_grad=kind == "requires_grad"),),
+        "difference_penalty_backward": (torch.tensor([2.0, 3.0], requires_grad=kind == "requires_grad"),),
         "difference_penalty_accumulate_": ([torch.ones_like(weight) for weight in weights],),
     }[name]
-    last = (0.5,) if name == "difference_penalty_accumulate_" else ()
-    torch.library.opcheck(getattr(torch.ops.smoothk, name).default, (*first, weights, *last, 1, [0], "l21", True, EPS))
+    last = (COEFFICIENTS,) if name == "difference_penalty_accumulate_" else ()
+    arguments = (*first, weights, *last, [1, 2], [0], "l21", True, EPS)
+    torch.library.opcheck(getattr(torch.ops.smoothk, name).default, arguments)
