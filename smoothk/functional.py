@@ -152,7 +152,7 @@ def difference_terms(
     eps: float = 1e-8,
     backend: str | None = None,
 ) -> Tensor:
-    """`difference_penalty` of every order in ``orders`` (``[1]``, ``[2]`` or ``[1, 2]``), ``[len(orders)]``, in one pass.
+    """`difference_penalty` of every order in ``orders`` (``[1]``, ``[2]`` or ``[1, 2]``), ``[len(orders)]``: one pass.
 
     Differentiable. Arguments are taken as checked.
     """
