@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,57 +16,14 @@ from .functional import (
     check_difference_options,
     check_dim,
     check_nuclear_options,
-    difference_penalty,
+    difference_terms,
     nuclear_norm,
 )
 from .reference import axes_of, result_dtype
+from .selection import Select, select_weights
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TERMS = ("first_order", "second_order", "nuclear")
 _EPS = 1e-8
-
-Select = Callable[[str, nn.Module, nn.Parameter], bool]
-
-
-def conv_and_linear_weights(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Default of ``select``: the weight of a convolution or linear layer, depthwise convolutions left out."""
-    if not name.endswith("weight") or parameter.dim() < 2:
-        return False
-    if isinstance(module, _CONVS):
-        return module.groups == 1 or module.groups < module.in_channels
-    return isinstance(module, nn.Linear)
-
-
-def _named_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | None) -> list[tuple[str, nn.Parameter]]:
-    """The penalised parameters, tied ones once, under their first name."""
-    if select is not None and not callable(select):
-        raise TypeError(f"select must be callable, got {type(select).__name__}")
-    if isinstance(model, Tensor):
-        raise TypeError("model must be a module or an iterable of parameters, got a tensor; pass [tensor]")
-    if not isinstance(model, Iterable | nn.Module):
-        raise TypeError(f"model must be a module or an iterable of parameters, got {type(model).__name__}")
-    if isinstance(model, nn.Module):
-        select = select or conv_and_linear_weights
-        candidates = [
-            (f"{prefix}.{name}" if prefix else name, parameter)
-            for prefix, module in model.named_modules()
-            for name, parameter in module.named_parameters(prefix="", recurse=False)
-            if select(f"{prefix}.{name}" if prefix else name, module, parameter)
-        ]
-    else:
-        if select is not None:
-            raise TypeError("select needs a module to walk through, got an iterable of parameters")
-        candidates = [(str(i), parameter) for i, parameter in enumerate(model)]
-    seen: set[int] = set()
-    weights = []
-    for name, parameter in candidates:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"model must be a module or an iterable of parameters, got an item of {type(parameter)}")
-        if not parameter.is_floating_point():
-            raise TypeError(f"weight {name} must have a real floating-point dtype, got {parameter.dtype}")
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            weights.append((name, parameter))
-    return weights
 
 
 def _check_coefficient(name: str, value: float) -> float:
@@ -124,10 +82,9 @@ class SmoothnessPenalty(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        coefficients = (first_order, second_order, nuclear)
         self.coefficients = {
-            "first_order": _check_coefficient("first_order", first_order),
-            "second_order": _check_coefficient("second_order", second_order),
-            "nuclear": _check_coefficient("nuclear", nuclear),
+            name: _check_coefficient(name, value) for name, value in zip(TERMS, coefficients, strict=True)
         }
         check_difference_options(1, norm, _EPS)
         check_nuclear_options(unfolding, "auto")
@@ -135,10 +92,14 @@ class SmoothnessPenalty(nn.Module):
             raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
         self.dim, self.norm, self.normalized = check_dim(dim), norm, bool(normalized)
         self.unfolding, self.backend = unfolding, backend
-        self._weights = _named_weights(model, select)
+        self._weights = select_weights(model, select)
         if not self._weights:
             raise ValueError("model has no weight to penalise; pass select to choose parameters")
-        self.scale = 1.0
+        self._scale = 1.0
+        # Tensors, written in place: a new scale reaches compiled code and CUDA graphs.
+        self._lambdas: dict[torch.device, Tensor] = {}
+        self._scaled: dict[torch.device, Tensor] = {}
+        self._scaled_on(self._weights[0].parameter.device)
 
     @property
     def scale(self) -> float:
@@ -147,8 +108,11 @@ class SmoothnessPenalty(nn.Module):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._scale = _check_coefficient("scale", value)
-
+        value = _check_coefficient("scale", value)
+        if value != self._scale:
+            self._scale = value
+            for device, scaled in self._scaled.items():
+                torch.mul(self._lambdas[device], value, out=scaled)
     def extra_repr(self) -> str:
         terms = ", ".join(f"{name}={value:g}" for name, value in self.coefficients.items() if value)
         return (
@@ -156,46 +120,15 @@ class SmoothnessPenalty(nn.Module):
             f"normalized={self.normalized}, unfolding={self.unfolding!r}"
         )
 
-    def _active(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, weight) for name, weight in self._weights if weight.requires_grad]
-
-    def _term(self, name: str, weights: Sequence[Tensor]) -> Tensor:
-        """One raw term over ``weights``, differentiable."""
-        if name != "nuclear":
-            order = 1 if name == "first_order" else 2
-            return difference_penalty(
-                weights, order, dim=self.dim, norm=self.norm, normalized=self.normalized, backend=self.backend
-            )
-        if not self.normalized:
-            return nuclear_norm(weights, unfolding=self.unfolding, backend=self.backend)
-        total = self._zero()
-        for weight in weights:
-            total = total + self._normalized_nuclear(weight).to(total.device)
-        return total
-
-    def _normalized_nuclear(self, weight: Tensor) -> Tensor:
-        value = nuclear_norm(weight, unfolding=self.unfolding, backend=self.backend)
-        squares = weight.to(value.dtype).square().sum()
-        zero = squares == 0  # not `> 0`: a NaN has to come through
-        return torch.where(zero, 0, value / torch.where(zero, 1, squares).sqrt())
-
-    def _terms(self) -> list[tuple[str, float]]:
-        return [(name, self.scale * c) for name, c in self.coefficients.items() if self.scale * c > 0]
-
-    def _zero(self) -> Tensor:
-        """0 of the result's dtype and device, which freezing weights does not change."""
-        weights = [weight for _, weight in self._weights]
-        return torch.zeros((), dtype=result_dtype(weights), device=weights[0].device)
-
     def forward(self) -> Tensor:
         """The penalty, differentiable: 0-dim, float32 (float64 for float64 weights), on the first weight's device."""
-        weights = [weight for _, weight in self._active()]
+        weights = list(self._active().values())
         total = self._zero()
-        for weight in weights:  # differentiable even where no term is active
-            total = total + weight.reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
-        for name, coefficient in self._terms():
-            total = total + coefficient * self._term(name, weights)
-        return total
+        if self._is_off or not weights:
+            for weight in weights:  # differentiable, with a gradient of zeros
+                total = total + _local(weight).reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
+            return total
+        return (self._scaled_on(total.device) * self._terms(weights).to(total.device)).sum().to(total.dtype)
 
     @torch.no_grad()
     def accumulate_grad(self) -> Tensor:
@@ -208,47 +141,16 @@ class SmoothnessPenalty(nn.Module):
             TypeError: a ``.grad`` is not dense. Nothing has been changed then.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
-        named = self._active()
-        for name, weight in named:
-            if weight.grad is not None and weight.grad.layout != torch.strided:
-                raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {weight.grad.layout}")
-        weights = [weight for _, weight in named]
-        tensors = [*weights, *(weight.grad for weight in weights if weight.grad is not None)]
-        for name, _ in self._terms():
-            check_backend("nuclear_norm" if name == "nuclear" else "difference_penalty", self.backend, tensors)
-        total = self._zero()
-        for name, coefficient in self._terms():
-            total = total + coefficient * self._accumulate(name, coefficient, weights)
-        return total
-
-    def _accumulate(self, name: str, coefficient: float, weights: Sequence[nn.Parameter]) -> Tensor:
-        """Add one term's gradient into ``.grad``; returns the raw term."""
-        order = {"first_order": 1, "second_order": 2, "nuclear": 0}[name]
-        if order:
-            weights = [w for w in weights if axes_of(w, self.dim, order)]  # the others keep even a missing .grad
-        for weight in weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        grads = [weight.grad for weight in weights]
-        if order:
-            return accumulate_difference_penalty(
-                weights,
-                grads,
-                torch.tensor([coefficient], dtype=torch.float64),
-                [order],
-                dim=self.dim,
-                norm=self.norm,
-                normalized=self.normalized,
-                backend=self.backend,
-            )[0]
-        total = self._zero()
-        for weight, grad in zip(weights, grads, strict=True):
-            with torch.enable_grad():
-                leaf = weight.detach().requires_grad_()
-                value = self._term("nuclear", [leaf])
-            grad.add_(torch.autograd.grad(value, leaf)[0], alpha=coefficient)
-            total = total + value.detach().to(total.device)
-        return total
+        weights, zero = self._active(), self._zero()
+        if self._is_off or not weights:
+            return zero
+        self._check(weights)
+        scaled, total = self._scaled_on(zero.device), zero
+        if self._orders:
+            total = total + self._accumulate_differences(list(weights.values()), scaled[: len(self._orders)])
+        if self.coefficients["nuclear"]:
+            total = total + self._accumulate_nuclear(list(weights.values()), scaled[-1])
+        return total.to(zero.dtype)
 
     @torch.no_grad()
     def per_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -256,5 +158,103 @@ class SmoothnessPenalty(nn.Module):
 
         Terms whose coefficient is 0 are left out.
         """
-        terms = [name for name, coefficient in self.coefficients.items() if coefficient > 0]
-        return {name: {term: self._term(term, [weight]) for term in terms} for name, weight in self._active()}
+        names = [name for name, value in self.coefficients.items() if value]
+        return {
+            name: dict(zip(names, self._terms([weight]), strict=True) if names else ())
+            for name, weight in self._active().items()
+        }
+
+    @property
+    def _orders(self) -> list[int]:
+        return [order for order in (1, 2) if self.coefficients[TERMS[order - 1]]]
+
+    @property
+    def _is_off(self) -> bool:
+        # Compiled code reads only tensors, so that a new scale does not compile it again.
+        return not any(self.coefficients.values()) or (not torch.compiler.is_compiling() and self._scale == 0)
+
+    def _active(self) -> dict[str, nn.Parameter]:
+        """The penalised parameters that are not frozen, by name."""
+        current = {weight.name: weight.current for weight in self._weights}
+        return {name: weight for name, weight in current.items() if weight.requires_grad}
+
+    def _zero(self) -> Tensor:
+        """0 of the result's dtype and device, which freezing weights does not change."""
+        weights = [weight.current for weight in self._weights]
+        return torch.zeros((), dtype=result_dtype(weights), device=weights[0].device)
+
+    def _scaled_on(self, device: torch.device) -> Tensor:
+        """``scale * λ`` of the terms whose coefficient is not 0, float64 where ``device`` has it."""
+        if device not in self._scaled:
+            values = [value for value in self.coefficients.values() if value]
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._lambdas[device] = torch.tensor(values, dtype=dtype, device=device)
+            self._scaled[device] = self._lambdas[device] * self._scale
+        return self._scaled[device]
+
+    def _terms(self, weights: Sequence[Tensor]) -> Tensor:
+        """The raw terms whose coefficient is not 0, ``[terms]``, differentiable."""
+        terms = []
+        if self._orders:
+            terms.append(difference_terms(weights, self._orders, **self._difference_options))
+        if self.coefficients["nuclear"]:
+            terms.append(self._nuclear(weights).reshape(1))
+        return torch.cat(terms)
+
+    @property
+    def _difference_options(self) -> dict[str, Any]:
+        return {"dim": self.dim, "norm": self.norm, "normalized": self.normalized, "backend": self.backend}
+
+    def _nuclear(self, weights: Sequence[Tensor]) -> Tensor:
+        if not self.normalized:
+            return nuclear_norm(weights, unfolding=self.unfolding, backend=self.backend)
+        return sum(self._normalized_nuclear(weight).to(weights[0].device) for weight in weights)
+
+    def _normalized_nuclear(self, weight: Tensor) -> Tensor:
+        value = nuclear_norm(weight, unfolding=self.unfolding, backend=self.backend)
+        squares = weight.to(value.dtype).square().sum()
+        zero = squares == 0  # not `> 0`: a NaN has to come through
+        return torch.where(zero, 0, value / torch.where(zero, 1, squares).sqrt())
+
+    def _check(self, weights: dict[str, nn.Parameter]) -> None:
+        """Raise whatever would stop `accumulate_grad` half-way."""
+        for name, weight in weights.items():
+            if weight.grad is not None and weight.grad.layout != torch.strided:
+                raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {weight.grad.layout}")
+        tensors = [*weights.values(), *(weight.grad for weight in weights.values() if weight.grad is not None)]
+        if self._orders:
+            check_backend("difference_penalty", self.backend, tensors)
+        if self.coefficients["nuclear"]:
+            check_backend("nuclear_norm", self.backend, tensors)
+
+    def _accumulate_differences(self, weights: Sequence[nn.Parameter], coefficients: Tensor) -> Tensor:
+        # A weight too short for every order keeps even a missing .grad.
+        weights = [weight for weight in weights if axes_of(weight, self.dim, min(self._orders))]
+        terms = accumulate_difference_penalty(
+            weights, _grads(weights), coefficients, self._orders, **self._difference_options
+        )
+        return (coefficients * terms).sum()
+
+    def _accumulate_nuclear(self, weights: Sequence[nn.Parameter], coefficient: Tensor) -> Tensor:
+        total = torch.zeros_like(coefficient)
+        for weight, grad in zip(weights, _grads(weights), strict=True):
+            with torch.enable_grad():
+                leaf = weight.detach().requires_grad_()
+                value = self._nuclear([leaf])
+            factor = coefficient.to(grad.device, value.dtype)
+            grad.add_(torch.autograd.grad(value, leaf, factor)[0])
+            total = total + coefficient * value.detach().to(total.device)
+        return total
+
+
+def _grads(weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    """``.grad`` of every weight, created where it is missing."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    return [weight.grad for weight in weights]
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
