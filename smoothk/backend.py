@@ -53,35 +53,44 @@ def unavailable_reason(name: str) -> str | None:
 unavailable_reason._dynamo_marked_constant = True
 
 
-def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor]) -> str:
+def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor] = ()) -> str:
     """Name of the backend that runs ``op`` on ``tensors``.
 
     Args:
         op: a key of ``IMPLEMENTATIONS``.
         backend: None for the fastest that can run all the tensors (``"torch"`` always can), or one of ``NAMES``.
         tensors: every tensor of the call.
+        grads: gradients of ``tensors`` that the call adds into.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
         BackendUnavailable: the backend asked for by name cannot run this call.
     """
     if backend is None:
-        return next(name for name in IMPLEMENTATIONS[op] if _obstacle(op, name, tensors) is None)
+        return next(name for name in IMPLEMENTATIONS[op] if _obstacle(op, name, tensors, grads) is None)
     if backend not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
-    obstacle = _obstacle(op, backend, tensors)
+    obstacle = _obstacle(op, backend, tensors, grads)
     if obstacle is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op}: {obstacle}")
     return backend
 
 
-def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor]) -> str | None:
+def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``tensors``, or None where it can."""
     if name == "torch":
         return None
     if name not in IMPLEMENTATIONS[op]:
         return unavailable_reason(name) or f"it has no {op} kernel; use one of {', '.join(IMPLEMENTATIONS[op])}"
-    return _cpp_obstacle(tensors) or unavailable_reason(name)
+    return _cpp_obstacle(tensors) or _cpp_obstacle(grads) or _dtype_obstacle(tensors, grads) or unavailable_reason(name)
+
+
+def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> str | None:
+    if not grads or grads[0].dtype == tensors[0].dtype:
+        return None
+    if tensors[0].dtype.itemsize == 2 and grads[0].dtype == torch.float32:
+        return None
+    return f"it takes gradients of {tensors[0].dtype}, or float32 ones of half precision, got {grads[0].dtype}"
 
 
 def _cpp_obstacle(tensors: Sequence[torch.Tensor]) -> str | None:

@@ -67,27 +67,35 @@ def check_nuclear_options(unfolding: str, method: str) -> None:
         raise ValueError(f"method must be one of {names}, got {method!r}")
 
 
-def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
-    """Raise what ``op`` raises where ``backend`` cannot run these tensors, before anything is computed."""
-    for indices in _by_kind(tensors):
-        _backend.choose(op, backend, [tensors[i] for i in indices])
+def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> None:
+    """Raise what ``op`` raises where ``backend`` cannot run these tensors, before anything is computed.
+
+    ``grads`` are those that an op is to add into, one per tensor or none; a None stands for one that will be created.
+    """
+    for indices in _by_kind(tensors, grads):
+        present = [grads[i] for i in indices if grads[i] is not None] if grads else []
+        _backend.choose(op, backend, [tensors[i] for i in indices], present)
 
 
-def _by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of ``tensors`` in groups of one device and dtype, in order of first appearance."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def _by_kind(tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> list[list[int]]:
+    """Indices of ``tensors`` in groups of one device, dtype and gradient dtype, in order of first appearance."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+        grad = grads[i] if grads and grads[i] is not None else tensor
+        groups.setdefault((tensor.device, tensor.dtype, grad.dtype), []).append(i)
     return list(groups.values())
 
 
-def _sum_over_kinds(tensors: Sequence[Tensor], terms: int, values_of: Callable[[list[int]], Tensor]) -> Tensor:
+def _sum_over_kinds(
+    tensors: Sequence[Tensor],
+    terms: int,
+    values_of: Callable[[list[int]], Tensor],
+    grads: Sequence[Tensor] = (),
+) -> Tensor:
     """Sum of ``values_of(indices)``, ``[terms]``, over the groups of `_by_kind`, on the first tensor's device."""
-    device = tensors[0].device if tensors else None
-    total = torch.zeros(terms, dtype=reference.result_dtype(tensors), device=device)
-    for indices in _by_kind(tensors):
-        total = total + values_of(indices).to(device=total.device, dtype=total.dtype)
-    return total
+    device, dtype = tensors[0].device if tensors else None, reference.result_dtype(tensors)
+    values = [values_of(indices).to(device=device, dtype=dtype) for indices in _by_kind(tensors, grads)]
+    return sum(values[1:], values[0]) if values else torch.zeros(terms, dtype=dtype, device=device)
 
 
 def difference_penalty(
@@ -189,7 +197,7 @@ def accumulate_difference_penalty(
     def values_of(indices: list[int]) -> Tensor:
         ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
         factors = coefficients.to(ws[0].device)
-        chosen = _backend.choose("difference_penalty", backend, [*ws, *gs])
+        chosen = _backend.choose("difference_penalty", backend, ws, gs)
         if chosen == "cpp":
             return torch.ops.smoothk.difference_penalty_accumulate_(gs, ws, factors, orders, dim, norm, normalized, eps)
         return sum(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
@@ -201,7 +209,7 @@ def accumulate_difference_penalty(
         grad.add_(torch.autograd.grad(terms, w, factors.to(terms.dtype))[0])
         return terms.detach()
 
-    return _sum_over_kinds(weights, len(orders), values_of)
+    return _sum_over_kinds(weights, len(orders), values_of, grads)
 
 
 def nuclear_norm(

@@ -46,7 +46,8 @@ class SmoothnessPenalty(nn.Module):
         loss.backward()
         value = penalty.accumulate_grad()  # no autograd graph: adds into .grad, returns the value
 
-    It holds references to the parameters, registers none, and has no state of its own but `scale`. Source: Runkel et
+    It registers no parameters and has no state of its own but `scale`; those of a module are looked up at every call, so
+    wrappers that replace them (`fully_shard`, ``to_empty``) are followed. Source: Runkel et
     al., "Smooth Model Compression without Fine-Tuning" (arXiv 2505.24469); coefficients and options are our reading.
 
     Args:
@@ -113,6 +114,7 @@ class SmoothnessPenalty(nn.Module):
             self._scale = value
             for device, scaled in self._scaled.items():
                 torch.mul(self._lambdas[device], value, out=scaled)
+
     def extra_repr(self) -> str:
         terms = ", ".join(f"{name}={value:g}" for name, value in self.coefficients.items() if value)
         return (
@@ -221,9 +223,9 @@ class SmoothnessPenalty(nn.Module):
         for name, weight in weights.items():
             if weight.grad is not None and weight.grad.layout != torch.strided:
                 raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {weight.grad.layout}")
-        tensors = [*weights.values(), *(weight.grad for weight in weights.values() if weight.grad is not None)]
+        tensors = list(weights.values())
         if self._orders:
-            check_backend("difference_penalty", self.backend, tensors)
+            check_backend("difference_penalty", self.backend, tensors, [weight.grad for weight in tensors])
         if self.coefficients["nuclear"]:
             check_backend("nuclear_norm", self.backend, tensors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy_reference
@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_close_rel
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import smoothk
 from smoothk import SmoothnessPenalty
@@ -338,11 +339,73 @@ def test_it_follows_a_model_that_is_moved() -> None:
     assert_close_rel(penalty(), value, torch.float64)
 
 
+def test_parameters_that_are_replaced_are_followed() -> None:
+    model = small_model().to("meta")
+    penalty = SmoothnessPenalty(model, **ALL_TERMS)
+    model.load_state_dict(small_model().state_dict(), assign=True)
+    value, gradients = expected(weights_of(model), ALL_TERMS)
+    assert_close_rel(penalty(), value, torch.float64)
+    assert_close_rel(penalty.accumulate_grad(), value, torch.float64)
+    for weight, wanted in zip(weights_of(model), gradients, strict=True):
+        assert_close_rel(weight.grad, wanted, torch.float64)
+    del model[4].weight
+    with pytest.raises(RuntimeError, match="weight 4.weight must still be a parameter of its Linear"):
+        penalty()
+
+
+@pytest.mark.parametrize("way", ["forward", "accumulate_grad"])
+def test_a_compiled_step_has_no_graph_break_and_a_new_scale_compiles_nothing(way: str) -> None:
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model, first_order=0.5, second_order=0.25)
+    counter = CompileCounter()
+
+    def step() -> Tensor:
+        loss = sum((weight**2).sum() for weight in weights_of(model))
+        return loss + getattr(penalty, way)()
+
+    def results(step: Callable[[], Tensor]) -> list[Tensor]:
+        for weight in weights_of(model):
+            weight.grad = torch.ones_like(weight)
+        value = step()
+        value.backward()
+        return [value, *(weight.grad for weight in weights_of(model))]
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for scale in (1.0, 0.5, 0.0, 2.0):
+        penalty.scale = scale
+        for actual, wanted in zip(results(compiled), results(step), strict=True):
+            assert_close_rel(actual, wanted, torch.float32)
+    assert counter.frame_count == 1
+
+
 def test_it_has_no_parameters_and_says_what_it_does() -> None:
     penalty = SmoothnessPenalty(small_model(), nuclear=0.5, norm="l1")
     assert not list(penalty.parameters()) and not penalty.state_dict() and not list(penalty.children())
     for part in ("4 weights", "first_order=0.001", "nuclear=0.5", "'l1'"):
         assert part in repr(penalty)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", None])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_gradients_of_another_dtype(backend: str | None, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    if backend and unavailable_reason(backend):
+        pytest.skip(unavailable_reason(backend))
+    dtype, grad_dtype = dtypes
+    model = small_model(dtype)
+    wide = model[4].weight
+    wide.grad_dtype = grad_dtype
+    wide.grad = torch.zeros(wide.shape, dtype=grad_dtype)
+    penalty = SmoothnessPenalty(model, first_order=0.5, second_order=0.25, backend=backend)
+    if backend == "cpp" and grad_dtype == torch.float64:
+        with pytest.raises(smoothk.BackendUnavailable, match="gradients of torch.float32.* got torch.float64"):
+            penalty.accumulate_grad()
+        assert model[0].weight.grad is None and not wide.grad.any()
+        return
+    value, gradients = expected(weights_of(model), {"first_order": 0.5, "second_order": 0.25})
+    assert_close_rel(penalty.accumulate_grad(), value, torch.float32)
+    for weight, wanted in zip(weights_of(model), gradients, strict=True):
+        assert_close_rel(weight.grad, wanted, torch.float32 if weight is wide else dtype)
+    assert wide.grad.dtype == grad_dtype
 
 
 def grads_of(model: nn.Module) -> list[Tensor | None]:
