@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import smoothk
 from smoothk import LowRankConv2d, RankPlan, plan_ranks
 from smoothk.backend import unavailable_reason
-from smoothk.functional import NORMS
+from smoothk.functional import NORMS, accumulate_difference_penalty, difference_terms
 from smoothk.ranks import METHODS, SCHEMES
 from smoothk.svd import full_rank
 from smoothk.unfolding import UNFOLDINGS
@@ -69,33 +69,33 @@ def close(actual: Tensor | float, expected: Tensor | float, scale: float = 0.0) 
 # --- difference penalty -----------------------------------------------------------------------------------------------
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, backends, factors)
 def test_l2_scales_with_the_square(weight: Tensor, order: int, backend: str, c: float) -> None:
     close(penalty(c * weight, order, backend), c**2 * penalty(weight, order, backend))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, backends, factors)
 def test_l1_scales_with_the_absolute_value(weight: Tensor, order: int, backend: str, c: float) -> None:
     close(penalty(c * weight, order, backend, norm="l1"), abs(c) * penalty(weight, order, backend, norm="l1"))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, backends, factors)
 def test_l21_scales_with_its_eps(weight: Tensor, order: int, backend: str, c: float) -> None:
     scaled = penalty(c * weight, order, backend, norm="l21", eps=c**2 * 1e-2)
     close(scaled, abs(c) * penalty(weight, order, backend, norm="l21", eps=1e-2))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, backends, st.sampled_from(("l2", "l1")), factors, st.integers(-4, 3))
 def test_normalized_is_blind_to_scale(weight: Tensor, order: int, backend: str, norm: str, c: float, dim: int) -> None:
     options = {"norm": norm, "dim": dim, "normalized": True}
     close(penalty(c * weight, order, backend, **options), penalty(weight, order, backend, **options))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, norms, backends, st.integers(1, 6), st.booleans())
 def test_equal_rows_cost_nothing(
     row: Tensor, order: int, norm: str, backend: str, count: int, normalized: bool
@@ -106,7 +106,7 @@ def test_equal_rows_cost_nothing(
     assert value <= (count * 1e-10 / scale if norm == "l21" else 0)
 
 
-@law(200)
+@law(650)
 @given(tensors(), norms, backends, st.integers(1, 8))
 def test_second_order_does_not_see_ramps(step: Tensor, norm: str, backend: str, count: int) -> None:
     ramp = torch.stack([i * step.round(decimals=2) for i in range(count)])
@@ -114,7 +114,7 @@ def test_second_order_does_not_see_ramps(step: Tensor, norm: str, backend: str, 
     assert value <= 1e-9 * (1 + ramp.abs().max() * ramp.numel())
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, norms, backends, st.booleans(), st.integers(-4, 3))
 def test_reversed_rows_cost_the_same(
     weight: Tensor, order: int, norm: str, backend: str, normalized: bool, dim: int
@@ -124,7 +124,7 @@ def test_reversed_rows_cost_the_same(
     close(penalty(flipped, order, backend, **options), penalty(weight, order, backend, **options))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, norms, backends, st.randoms(use_true_random=False))
 def test_permuted_columns_cost_the_same(
     weight: Tensor, order: int, norm: str, backend: str, random: random.Random
@@ -134,7 +134,7 @@ def test_permuted_columns_cost_the_same(
     close(penalty(shuffled, order, backend, norm=norm), penalty(weight, order, backend, norm=norm))
 
 
-@law(200)
+@law(650)
 @given(st.lists(tensors(), max_size=4), orders, norms, backends, st.booleans())
 def test_tensors_add_up(weights: list[Tensor], order: int, norm: str, backend: str, normalized: bool) -> None:
     options = {"norm": norm, "normalized": normalized}
@@ -142,7 +142,7 @@ def test_tensors_add_up(weights: list[Tensor], order: int, norm: str, backend: s
     close(whole, sum(penalty(w, order, backend, **options) for w in weights))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, norms, backends, st.booleans(), st.sets(st.integers(0, 4), min_size=1))
 def test_axes_add_up(weight: Tensor, order: int, norm: str, backend: str, normalized: bool, dims: set[int]) -> None:
     options = {"norm": norm, "normalized": normalized}
@@ -150,7 +150,7 @@ def test_axes_add_up(weight: Tensor, order: int, norm: str, backend: str, normal
     close(whole, sum(penalty(weight, order, backend, dim=d, **options) for d in dims))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, norms, backends, st.booleans(), st.data())
 def test_an_axis_may_lie_anywhere(
     weight: Tensor, order: int, norm: str, backend: str, normalized: bool, data: st.DataObject
@@ -161,7 +161,7 @@ def test_an_axis_may_lie_anywhere(
     close(moved, penalty(weight, order, backend, dim=axes[0], **options))
 
 
-@law(200)
+@law(650)
 @given(tensors(), orders, backends, st.booleans(), factors)
 def test_the_gradient_obeys_eulers_theorem(
     weight: Tensor, order: int, backend: str, normalized: bool, c: float
@@ -175,7 +175,7 @@ def test_the_gradient_obeys_eulers_theorem(
         close(along, 0 if normalized else degree * value.detach(), scale=value.item())
 
 
-@law(150)
+@law(650)
 @given(tensors(), orders, norms, st.booleans(), st.integers(-4, 3))
 def test_backends_agree(weight: Tensor, order: int, norm: str, normalized: bool, dim: int) -> None:
     leaves = [weight.clone().requires_grad_() for _ in BACKENDS]
@@ -187,6 +187,51 @@ def test_backends_agree(weight: Tensor, order: int, norm: str, normalized: bool,
     for value, gradient in zip(values, gradients, strict=True):
         close(value, values[0])
         close(gradient, gradients[0], scale=gradients[0].abs().max().item() if gradient.numel() else 0)
+
+
+@law(650)
+@given(tensors(), orders, norms, backends, st.integers(-8, 8))
+def test_a_constant_added_to_every_entry_costs_nothing(
+    weight: Tensor, order: int, norm: str, backend: str, constant: int
+) -> None:
+    weight = (weight * 1024).round() / 1024  # sums and differences of these are exact
+    close(penalty(weight + constant, order, backend, norm=norm), penalty(weight, order, backend, norm=norm))
+
+
+@law(650)
+@given(
+    st.lists(tensors(), min_size=1, max_size=3), norms, backends, st.booleans(), st.sets(st.integers(0, 3), min_size=1)
+)
+def test_both_orders_at_once_are_the_two_alone(
+    weights: list[Tensor], norm: str, backend: str, normalized: bool, dims: set[int]
+) -> None:
+    options = {"norm": norm, "normalized": normalized, "dim": tuple(dims), "backend": backend}
+    for w in weights:
+        w.requires_grad_()
+    both = difference_terms(weights, [1, 2], **options)
+    alone = [smoothk.difference_penalty(weights, order, **options) for order in (1, 2)]
+    close(both, torch.stack(alone))
+    scale = both.detach().max().item()
+    gradients = [torch.autograd.grad(value, weights) for value in (3 * both[0] + 0.5 * both[1], *alone)]
+    for together, first, second in zip(*gradients, strict=True):
+        close(together, 3 * first + 0.5 * second, scale=scale)
+
+
+@law(650)
+@given(st.lists(tensors(), min_size=1, max_size=3), orders, norms, backends, st.booleans(), factors)
+def test_accumulating_adds_the_gradient(
+    weights: list[Tensor], order: int, norm: str, backend: str, normalized: bool, c: float
+) -> None:
+    options = {"norm": norm, "normalized": normalized, "backend": backend}
+    leaves = [w.clone().requires_grad_() for w in weights]
+    value = smoothk.difference_penalty(leaves, order, **options)
+    grads = [w.flip(-1).contiguous() for w in weights]
+    expected = [g + c * d for g, d in zip(grads, torch.autograd.grad(value, leaves), strict=True)]
+    coefficients = torch.tensor([c], dtype=torch.float64)
+    (term,) = accumulate_difference_penalty(weights, grads, coefficients, [order], dim=(0,), **options)
+    close(term, value.detach())
+    for grad, wanted in zip(grads, expected, strict=True):
+        close(grad, wanted, scale=wanted.abs().max().item())
 
 
 # --- nuclear norm -----------------------------------------------------------------------------------------------------
