@@ -17,7 +17,8 @@ from torch import nn
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes import figures
 from smoothk.recipes.compare import Comparison, Network, compare, merge
-from smoothk.recipes.train import TrainConfig, load_run, train
+from smoothk.recipes.config import TrainConfig
+from smoothk.recipes.train import load_run, train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cifar10-small"
 RECIPE = {

@@ -18,14 +18,15 @@ from typing import Any, NoReturn
 
 import smoothk
 from smoothk import commands, ranks
-from smoothk.recipes import data, models, train
+from smoothk.recipes import data, models
+from smoothk.recipes.config import PRECISIONS, SCHEDULES, TrainConfig
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, smoothk.BackendUnavailable)
 CHOICES = {
     "data": data.NAMES,
     "arch": tuple(models.ARCHITECTURES),
-    "schedule": train.SCHEDULES,
-    "precision": train.PRECISIONS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
     "norm": ("l2", "l1", "l21", "huber"),
     "unfolding": ("channel", "spatial"),
 }
@@ -103,8 +104,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """One option for every field of `TrainConfig`; those not given stay out of the namespace."""
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's directory")
     parser.add_argument("--download", action="store_true", help="fetch the data set if it is not there")
-    docs = _attribute_docs(train.TrainConfig)
-    for item in dataclasses.fields(train.TrainConfig):
+    docs = _attribute_docs(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS}
         default = "smoothk-run" if item.name == "out_dir" else item.default
         text = docs[item.name].replace("`", "").replace("%", "%%")

@@ -16,6 +16,7 @@ import smoothk
 from smoothk.checkpoint import CheckpointError, atomic_write
 from smoothk.recipes import data, models, train
 from smoothk.recipes.compare import Comparison, count_parameters, measure
+from smoothk.recipes.config import TrainConfig
 
 
 class UsageError(ValueError):
@@ -50,11 +51,11 @@ def run_demo(args: argparse.Namespace) -> Output:
 
 def run_train(args: argparse.Namespace) -> Output:
     """Train one network; with ``--resume``, options not given come from the run's own configuration."""
-    given = {name: value for name, value in vars(args).items() if name in train.TrainConfig.__dataclass_fields__}
+    given = {name: value for name, value in vars(args).items() if name in TrainConfig.__dataclass_fields__}
     out_dir = Path(given.setdefault("out_dir", "smoothk-run"))
     saved = _saved_config(out_dir) if args.resume and (out_dir / "config.json").exists() else {}
     try:
-        config = train.TrainConfig.from_json({**saved, **given})
+        config = TrainConfig.from_json({**saved, **given})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -77,7 +78,7 @@ class _Source:
     """The model of a command, and the images to measure it with where they are known."""
 
     model: nn.Module
-    config: train.TrainConfig
+    config: TrainConfig
     dataset: data.DataSet | None
 
     def example(self, shape: list[int] | None) -> Tensor | None:
@@ -99,7 +100,7 @@ def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
         if args.weights is None:
             raise UsageError("--model needs --weights: the file that smoothk.save wrote")
         with_data = with_data and args.data is not None
-        config = _with_data_options(train.TrainConfig(model=args.model), args)
+        config = _with_data_options(TrainConfig(model=args.model), args)
         dataset = _dataset(config, args.download) if with_data else None
         options = {"num_classes": dataset.num_classes, "in_channels": dataset.in_channels} if dataset else {}
         model = models.from_factory(args.model, **options)
@@ -108,12 +109,12 @@ def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
     return _Source(model.eval(), config, dataset)
 
 
-def _with_data_options(config: train.TrainConfig, args: argparse.Namespace) -> train.TrainConfig:
+def _with_data_options(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     given = {name: getattr(args, name) for name in ("data", "data_dir") if getattr(args, name) is not None}
-    return train.TrainConfig.from_json({**config.to_json(), **given})
+    return TrainConfig.from_json({**config.to_json(), **given})
 
 
-def _dataset(config: train.TrainConfig, download: bool) -> data.DataSet:
+def _dataset(config: TrainConfig, download: bool) -> data.DataSet:
     """The images of a run; where it held some of the training images out, those are the test images here too."""
     dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
     return data.split(dataset, config.validation) if config.validation > 0 else dataset

@@ -46,9 +46,9 @@ class SmoothnessPenalty(nn.Module):
         loss.backward()
         value = penalty.accumulate_grad()  # no autograd graph: adds into .grad, returns the value
 
-    It registers no parameters and has no state of its own but `scale`. The parameters of a module are looked up at every
-    call, so wrappers that replace them (`fully_shard`, ``to_empty``) are followed. Source: Runkel et al., "Smooth Model
-    Compression without Fine-Tuning" (arXiv 2505.24469); coefficients and options are our reading.
+    It registers no parameters and has no state of its own but `scale`. The parameters of a module are looked up at
+    every call, so wrappers that replace them (`fully_shard`, ``to_empty``) are followed. Source: Runkel et al., "Smooth
+    Model Compression without Fine-Tuning" (arXiv 2505.24469); coefficients and options are our reading.
 
     Args:
         model: a module, or an iterable of parameters.

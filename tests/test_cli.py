@@ -19,7 +19,7 @@ from torch import nn
 
 import smoothk
 from smoothk import cli, commands
-from smoothk.recipes.train import TrainConfig
+from smoothk.recipes.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--width", "0.25", "--batch-size", "128", "--lr", "0.1"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from smoothk.recipes import data
+from smoothk.recipes import cifar, data
 
 COUNT = 20  # images in a file of the small release
 
@@ -62,11 +62,11 @@ def write_pickle(path: Path, value: Any) -> None:
 
 
 @pytest.fixture
-def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.CifarRelease:
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cifar.CifarRelease:
     """A release in the layout of CIFAR-10 with few images, unpacked into tmp_path, whose sums match."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    original = data.CIFAR["cifar10"]
+    original = cifar.CIFAR["cifar10"]
     for seed, name in enumerate([*original.train, *original.test]):
         write_pickle(folder / name, batch(seed))
     write_pickle(folder / original.meta, {b"label_names": [f"class {i}".encode() for i in range(10)]})
@@ -76,12 +76,12 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.CifarReleas
         test=dict.fromkeys(original.test, COUNT),
         md5={name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in original.md5},
     )
-    monkeypatch.setitem(data.CIFAR, "cifar10", small)
+    monkeypatch.setitem(cifar.CIFAR, "cifar10", small)
     return small
 
 
 @pytest.fixture
-def archive(release: data.CifarRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+def archive(release: cifar.CifarRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """The release as an archive with a matching sum; the unpacked folder is gone."""
     folder = tmp_path / release.folder
     buffer = io.BytesIO()
@@ -91,11 +91,11 @@ def archive(release: data.CifarRelease, tmp_path: Path, monkeypatch: pytest.Monk
         path.unlink()
     folder.rmdir()
     content = buffer.getvalue()
-    monkeypatch.setitem(data.CIFAR, "cifar10", replace(release, archive_md5=hashlib.md5(content).hexdigest()))
+    monkeypatch.setitem(cifar.CIFAR, "cifar10", replace(release, archive_md5=hashlib.md5(content).hexdigest()))
     return content
 
 
-def test_cifar_is_read_as_it_was_written(release: data.CifarRelease, tmp_path: Path) -> None:
+def test_cifar_is_read_as_it_was_written(release: cifar.CifarRelease, tmp_path: Path) -> None:
     dataset = data.load("cifar10", tmp_path)
     assert dataset.train_images.shape == (5 * COUNT, 3, 32, 32)
     assert dataset.train_images.dtype == torch.uint8
@@ -113,14 +113,14 @@ def test_cifar_is_read_as_it_was_written(release: data.CifarRelease, tmp_path: P
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_pickles_of_python_3_are_read_too(release: data.CifarRelease, tmp_path: Path, protocol: int) -> None:
+def test_pickles_of_python_3_are_read_too(release: cifar.CifarRelease, tmp_path: Path, protocol: int) -> None:
     value = batch(0)
     (tmp_path / release.folder / "data_batch_1").write_bytes(pickle.dumps(value, protocol=protocol))
     dataset = data.load("cifar10", tmp_path)
     np.testing.assert_array_equal(dataset.train_images[:COUNT].numpy().reshape(COUNT, 3072), value[b"data"])
 
 
-def test_other_bytes_in_the_original_layout_are_reported(release: data.CifarRelease, tmp_path: Path) -> None:
+def test_other_bytes_in_the_original_layout_are_reported(release: cifar.CifarRelease, tmp_path: Path) -> None:
     write_pickle(tmp_path / release.folder / "data_batch_2", batch(99))
     provenance = data.load("cifar10", tmp_path).provenance
     assert provenance["original"] is False
@@ -128,8 +128,8 @@ def test_other_bytes_in_the_original_layout_are_reported(release: data.CifarRele
 
 
 def test_cifar100_uses_the_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = data.CIFAR["cifar100"]
-    monkeypatch.setitem(data.CIFAR, "cifar100", replace(original, train={"train": COUNT}, test={"test": COUNT}))
+    original = cifar.CIFAR["cifar100"]
+    monkeypatch.setitem(cifar.CIFAR, "cifar100", replace(original, train={"train": COUNT}, test={"test": COUNT}))
     folder = tmp_path / original.folder
     folder.mkdir()
     for seed, name in enumerate(("train", "test")):
@@ -143,7 +143,7 @@ def test_cifar100_uses_the_fine_labels(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
-def test_planted_pickle_is_refused_and_not_executed(release: data.CifarRelease, tmp_path: Path, name: str) -> None:
+def test_planted_pickle_is_refused_and_not_executed(release: cifar.CifarRelease, tmp_path: Path, name: str) -> None:
     target = tmp_path / "proof"
     path = tmp_path / release.folder / name
     write_pickle(path, batch(0, data=Plant(target)))
@@ -159,13 +159,13 @@ def test_planted_pickle_is_refused_and_not_executed(release: data.CifarRelease, 
 
 
 @pytest.mark.parametrize("content", [b"cbuiltins\neval\n(S'1'\ntR.", b"cos\nsystem\n(S'true'\ntR.", b"cnumpy\nload\n."])
-def test_globals_outside_the_list_are_refused(release: data.CifarRelease, tmp_path: Path, content: bytes) -> None:
+def test_globals_outside_the_list_are_refused(release: cifar.CifarRelease, tmp_path: Path, content: bytes) -> None:
     (tmp_path / release.folder / "test_batch").write_bytes(content)
     with pytest.raises(data.DataError, match="test_batch: not a readable CIFAR file .*which no CIFAR file needs"):
         data.load("cifar10", tmp_path)
 
 
-def test_truncated_at_any_byte_is_refused(release: data.CifarRelease, tmp_path: Path) -> None:
+def test_truncated_at_any_byte_is_refused(release: cifar.CifarRelease, tmp_path: Path) -> None:
     path = tmp_path / release.folder / "data_batch_1"
     content = path.read_bytes()
     for size in [0, 1, 2, 50, 1000, len(content) // 2, len(content) - 500, len(content) - 1]:
@@ -174,7 +174,7 @@ def test_truncated_at_any_byte_is_refused(release: data.CifarRelease, tmp_path: 
             data.load("cifar10", tmp_path)
 
 
-def test_mutations_never_raise_anything_but_a_data_error(release: data.CifarRelease, tmp_path: Path) -> None:
+def test_mutations_never_raise_anything_but_a_data_error(release: cifar.CifarRelease, tmp_path: Path) -> None:
     path = tmp_path / release.folder / "data_batch_1"
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_mutations_never_raise_anything_but_a_data_error(release: data.CifarRele
         mutated = bytearray(content)
         mutated[position] ^= 1 << int(rng.integers(8))
         try:
-            data._read_batch(release, path, bytes(mutated), COUNT)
+            cifar._read_batch(release, path, bytes(mutated), COUNT)
         except data.DataError as error:
             assert "data_batch_1" in str(error)
             refused += 1
@@ -208,7 +208,7 @@ def test_mutations_never_raise_anything_but_a_data_error(release: data.CifarRele
         ({"labels": None}, "expected a list of integers under 'labels'"),
     ],
 )
-def test_wrong_content_is_named(release: data.CifarRelease, tmp_path: Path, changes: dict, message: str) -> None:
+def test_wrong_content_is_named(release: cifar.CifarRelease, tmp_path: Path, changes: dict, message: str) -> None:
     path = tmp_path / release.folder / "data_batch_4"
     write_pickle(path, batch(0, **changes))
     with pytest.raises(data.DataError, match=rf"data_batch_4: {message}"):
@@ -223,13 +223,13 @@ def test_wrong_content_is_named(release: data.CifarRelease, tmp_path: Path, chan
         ({}, "expected a list of class names under 'label_names'"),
     ],
 )
-def test_wrong_meta_is_named(release: data.CifarRelease, tmp_path: Path, value: Any, message: str) -> None:
+def test_wrong_meta_is_named(release: cifar.CifarRelease, tmp_path: Path, value: Any, message: str) -> None:
     write_pickle(tmp_path / release.folder / "batches.meta", value)
     with pytest.raises(data.DataError, match=rf"batches\.meta: {message}"):
         data.load("cifar10", tmp_path)
 
 
-def test_half_a_data_set_names_what_is_missing(release: data.CifarRelease, tmp_path: Path) -> None:
+def test_half_a_data_set_names_what_is_missing(release: cifar.CifarRelease, tmp_path: Path) -> None:
     (tmp_path / release.folder / "data_batch_5").unlink()
     (tmp_path / release.folder / "test_batch").unlink()
     with pytest.raises(data.DataError, match="expected 7 files, missing data_batch_5, test_batch"):
@@ -256,13 +256,13 @@ def test_damaged_archive_leaves_nothing_behind(archive: bytes, tmp_path: Path) -
 
 
 def test_archive_of_other_files_is_refused(
-    release: data.CifarRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    release: cifar.CifarRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / release.archive
     with tarfile.open(path, "w:gz") as tar:
         tar.add(tmp_path / release.folder / "test_batch", "../test_batch")
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(data.CIFAR, "cifar10", replace(release, folder="unpacked", archive_md5=md5))
+    monkeypatch.setitem(cifar.CIFAR, "cifar10", replace(release, folder="unpacked", archive_md5=md5))
     with pytest.raises(data.DataError, match="not the cifar10 archive: .*data_batch_1"):
         data.load("cifar10", tmp_path)
     assert not (tmp_path / "unpacked").exists()
@@ -287,7 +287,7 @@ def server(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{httpd.server_address[1]}/cifar-10-python.tar.gz"
-        monkeypatch.setitem(data.CIFAR, "cifar10", replace(data.CIFAR["cifar10"], url=url))
+        monkeypatch.setitem(cifar.CIFAR, "cifar10", replace(cifar.CIFAR["cifar10"], url=url))
         yield answer
         httpd.shutdown()
         thread.join()
@@ -320,7 +320,9 @@ def test_half_a_download_is_refused(server: dict, tmp_path: Path) -> None:
 def test_no_network_says_where_to_put_the_files(
     archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(data.CIFAR, "cifar10", replace(data.CIFAR["cifar10"], url="http://127.0.0.1:9/cifar-10.tar.gz"))
+    monkeypatch.setitem(
+        cifar.CIFAR, "cifar10", replace(cifar.CIFAR["cifar10"], url="http://127.0.0.1:9/cifar-10.tar.gz")
+    )
     with pytest.raises(data.DataError, match="cannot download .*; without network put the folder .* into ") as caught:
         data.load("cifar10", tmp_path, download=True)
     assert "\n" not in str(caught.value)

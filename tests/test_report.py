@@ -19,7 +19,7 @@ from torch import nn
 import smoothk
 from smoothk.recipes import compare, data, figures, models, provenance
 from smoothk.recipes.compare import Comparison, Network, Row
-from smoothk.recipes.train import TrainConfig
+from smoothk.recipes.config import TrainConfig
 from smoothk.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,13 +20,14 @@ from torch import nn
 import smoothk
 from smoothk.checkpoint import CheckpointError
 from smoothk.recipes import data, train
+from smoothk.recipes.config import SCHEDULES, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"width": 0.25, "epochs": 3, "batch_size": 64, "lr": 0.1, "threads": 1}
 
 
-def config(out_dir: Path | None = None, **changes: Any) -> train.TrainConfig:
-    return train.TrainConfig(**{**TINY, "out_dir": str(out_dir) if out_dir else None, **changes})
+def config(out_dir: Path | None = None, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**TINY, "out_dir": str(out_dir) if out_dir else None, **changes})
 
 
 def run(out_dir: Path | None = None, *, resume: bool = False, **changes: Any) -> train.TrainResult:
@@ -339,7 +340,7 @@ def test_cosine_rises_in_a_line_and_falls_to_zero() -> None:
     assert train.learning_rate(settings, middle, 100) == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
 
 
-@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("total", [1, 2, 7])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 0.99])
 def test_learning_rate_is_in_range_for_any_length(schedule: str, total: int, warmup: float) -> None:
@@ -351,9 +352,9 @@ def test_learning_rate_is_in_range_for_any_length(schedule: str, total: int, war
 
 def test_config_survives_json() -> None:
     settings = config(nuclear=2e-4, unfolding="spatial", model="a.b:c")
-    assert train.TrainConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert TrainConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     with pytest.raises(ValueError, match="config has unknown fields: colour"):
-        train.TrainConfig.from_json({"colour": "red"})
+        TrainConfig.from_json({"colour": "red"})
 
 
 @pytest.mark.parametrize(

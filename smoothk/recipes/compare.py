@@ -20,8 +20,9 @@ from torch import nn
 import smoothk
 from smoothk.macs import count_macs
 from smoothk.recipes import data, pruning
+from smoothk.recipes.config import FREE_FIELDS, TrainConfig
 from smoothk.recipes.provenance import stamp
-from smoothk.recipes.train import FREE_FIELDS, TrainConfig, evaluate
+from smoothk.recipes.train import evaluate
 from smoothk.report import Table
 
 

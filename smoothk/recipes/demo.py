@@ -20,7 +20,8 @@ import torch
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes import figures
 from smoothk.recipes.compare import Comparison, Network, compare, mean
-from smoothk.recipes.train import TrainConfig, TrainResult, train
+from smoothk.recipes.config import TrainConfig
+from smoothk.recipes.train import TrainResult, train
 
 RECIPE: dict[str, Any] = {
     "data": "digits",

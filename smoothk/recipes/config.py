@@ -1,0 +1,146 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from smoothk.recipes import data, models
+
+SCHEDULES = ("one-cycle", "cosine")
+PRECISIONS = ("fp32", "bf16")
+# Where a run lives and how often it is saved do not change what it computes.
+FREE_FIELDS = frozenset({"data_dir", "out_dir", "checkpoint_every"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a run, and where its files go.
+
+    Attributes:
+        data: name of the data set, see `smoothk.recipes.data.load`.
+        data_dir: its directory.
+        image_size: side in pixels to which the images of the data set "folder" are resized.
+        validation: share of the training images held out and used in place of the test images; 0 uses the test images.
+        arch: named architecture, see `smoothk.recipes.models.build`.
+        model: `"package.module:factory"` to call in place of `arch`, with `num_classes` and `in_channels`.
+        width, stem_stride: width factor and stride of the stem of a named architecture.
+        epochs: passes over the training images.
+        batch_size: images in a step.
+        lr: highest learning rate.
+        momentum: Nesterov momentum; 0 is plain SGD.
+        weight_decay: of weights with two or more axes; norms and biases are left alone.
+        label_smoothing: in [0, 1).
+        augment: random crop and flip as suits the data set.
+        schedule: "one-cycle" (half a cosine from lr / 25 up to lr and another down to lr / 250,000) or "cosine" (a line
+            from 0 up to lr, half a cosine down to 0).
+        warmup: share of the steps in which the learning rate rises.
+        first_order, second_order, nuclear, norm, normalized, unfolding: of `smoothk.SmoothnessPenalty`.
+        penalty_warmup: epochs in which the penalty's scale rises from 0 to 1 in a line.
+        precision: "fp32" or "bf16" (autocast).
+        channels_last: memory format of images and convolution weights.
+        seed: of the initial weights, the order of the images, crops and flips.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        device: "cpu", "cuda" or "cuda:N".
+        checkpoint_every: epochs between checkpoints; one is always written after the last.
+        out_dir: directory for config.json, checkpoint.pt, history.json and model.safetensors; None writes nothing.
+    """
+
+    data: str = "digits"
+    data_dir: str | None = None
+    image_size: int = 32
+    validation: float = 0.0
+    arch: str = "digits_net"
+    model: str | None = None
+    width: float = 1.0
+    stem_stride: int = 1
+    epochs: int = 8
+    batch_size: int = 256
+    lr: float = 0.4
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    augment: bool = True
+    schedule: str = "one-cycle"
+    warmup: float = 0.3
+    first_order: float = 0.0
+    second_order: float = 0.0
+    nuclear: float = 0.0
+    norm: str = "l2"
+    normalized: bool = False
+    unfolding: str = "channel"
+    penalty_warmup: float = 0.0
+    precision: str = "fp32"
+    channels_last: bool = True
+    seed: int = 0
+    threads: int = 0
+    device: str = "cpu"
+    checkpoint_every: int = 1
+    out_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_type(item.name, item.type, getattr(self, item.name))
+        _check_choice("data", self.data, data.NAMES)
+        if self.model is None:
+            _check_choice("arch", self.arch, models.ARCHITECTURES)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("norm", self.norm, ("l2", "l1", "l21", "huber"))
+        _check_choice("unfolding", self.unfolding, ("channel", "spatial"))
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+        for name in ("epochs", "batch_size", "checkpoint_every", "stem_stride", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "width"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        for name in ("weight_decay", "first_order", "second_order", "nuclear", "penalty_warmup", "threads", "seed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
+        for name in ("momentum", "label_smoothing", "validation", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """The configuration from the values of `to_json`.
+
+        Raises:
+            ValueError: an unknown field, or a value out of its range.
+            TypeError: a value of the wrong type.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _check_type(name: str, annotation: Any, value: Any) -> None:
+    """Check a value against the annotation of its field; an int may stand for a float."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "bool": (bool,),
+        "int": (int,),
+        "float": (float, int),
+        "str | None": (str, type(None)),
+    }
+    is_misplaced_bool = isinstance(value, bool) and annotation != "bool"
+    if is_misplaced_bool or not isinstance(value, kinds[annotation]):
+        raise TypeError(f"{name} must be {annotation}, got {type(value).__name__}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
