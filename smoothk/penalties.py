@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from .functional import (
     check_backend,
     check_difference_options,
     check_dim,
-    check_nuclear_options,
     difference_terms,
-    nuclear_norm,
 )
+from .nuclear import NuclearTerm, Weights
 from .reference import axes_of, result_dtype
 from .selection import Select, select_weights
 
@@ -61,6 +60,10 @@ class SmoothnessPenalty(nn.Module):
             convolutions and linear layers, without depthwise ones. Tied weights count once. Transposed convolutions,
             embeddings, norms and low-rank layers are left out by default.
         backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        method: of `smoothk.nuclear_norm`.
+        every: calls that share the polar factors of the nuclear norm. From the second to the last of them the term is
+            ``<W, X>`` with gradient X, X being the factors of the first: a lower bound, and no decomposition. It keeps
+            one copy of the weights in memory.
 
     Raises:
         ValueError: a negative or non-finite coefficient, an unknown option, or nothing to penalise.
@@ -81,6 +84,9 @@ class SmoothnessPenalty(nn.Module):
         unfolding: str = "channel",
         select: Select | None = None,
         backend: str | None = None,
+        *,
+        method: str = "auto",
+        every: int = 1,
     ) -> None:
         super().__init__()
         coefficients = (first_order, second_order, nuclear)
@@ -88,11 +94,11 @@ class SmoothnessPenalty(nn.Module):
             name: _check_coefficient(name, value) for name, value in zip(TERMS, coefficients, strict=True)
         }
         check_difference_options(1, norm, _EPS)
-        check_nuclear_options(unfolding, "auto")
         if backend not in (None, *NAMES):
             raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
         self.dim, self.norm, self.normalized = check_dim(dim), norm, bool(normalized)
         self.unfolding, self.backend = unfolding, backend
+        self._nuclear = NuclearTerm(unfolding, method, self.normalized, every, backend)
         self._weights = select_weights(model, select)
         if not self._weights:
             raise ValueError("model has no weight to penalise; pass select to choose parameters")
@@ -124,13 +130,13 @@ class SmoothnessPenalty(nn.Module):
 
     def forward(self) -> Tensor:
         """The penalty, differentiable: 0-dim, float32 (float64 for float64 weights), on the first weight's device."""
-        weights = list(self._active().values())
-        total = self._zero()
+        weights, total = self._active(), self._zero()
         if self._is_off or not weights:
-            for weight in weights:  # differentiable, with a gradient of zeros
+            for weight in weights.values():  # differentiable, with a gradient of zeros
                 total = total + _local(weight).reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
             return total
-        return (self._scaled_on(total.device) * self._terms(weights).to(total.device)).sum().to(total.dtype)
+        terms = self._terms(weights, self._nuclear).to(total.device)
+        return (self._scaled_on(total.device) * terms).sum().to(total.dtype)
 
     @torch.no_grad()
     def accumulate_grad(self) -> Tensor:
@@ -151,7 +157,8 @@ class SmoothnessPenalty(nn.Module):
         if self._orders:
             total = total + self._accumulate_differences(list(weights.values()), scaled[: len(self._orders)])
         if self.coefficients["nuclear"]:
-            total = total + self._accumulate_nuclear(list(weights.values()), scaled[-1])
+            grads = dict(zip(weights, _grads(weights.values()), strict=True))
+            total = total + scaled[-1] * self._nuclear.accumulate(weights, grads, scaled[-1])
         return total.to(zero.dtype)
 
     @torch.no_grad()
@@ -162,7 +169,7 @@ class SmoothnessPenalty(nn.Module):
         """
         names = [name for name, value in self.coefficients.items() if value]
         return {
-            name: dict(zip(names, self._terms([weight]), strict=True) if names else ())
+            name: dict(zip(names, self._terms({name: weight}, self._nuclear.exact), strict=True) if names else ())
             for name, weight in self._active().items()
         }
 
@@ -194,29 +201,18 @@ class SmoothnessPenalty(nn.Module):
             self._scaled[device] = self._lambdas[device] * self._scale
         return self._scaled[device]
 
-    def _terms(self, weights: Sequence[Tensor]) -> Tensor:
+    def _terms(self, weights: Weights, nuclear: Callable[[Weights], Tensor]) -> Tensor:
         """The raw terms whose coefficient is not 0, ``[terms]``, differentiable."""
         terms = []
         if self._orders:
-            terms.append(difference_terms(weights, self._orders, **self._difference_options))
+            terms.append(difference_terms(list(weights.values()), self._orders, **self._difference_options))
         if self.coefficients["nuclear"]:
-            terms.append(self._nuclear(weights).reshape(1))
+            terms.append(nuclear(weights).reshape(1))
         return torch.cat(terms)
 
     @property
     def _difference_options(self) -> dict[str, Any]:
         return {"dim": self.dim, "norm": self.norm, "normalized": self.normalized, "backend": self.backend}
-
-    def _nuclear(self, weights: Sequence[Tensor]) -> Tensor:
-        if not self.normalized:
-            return nuclear_norm(weights, unfolding=self.unfolding, backend=self.backend)
-        return sum(self._normalized_nuclear(weight).to(weights[0].device) for weight in weights)
-
-    def _normalized_nuclear(self, weight: Tensor) -> Tensor:
-        value = nuclear_norm(weight, unfolding=self.unfolding, backend=self.backend)
-        squares = weight.to(value.dtype).square().sum()
-        zero = squares == 0  # not `> 0`: a NaN has to come through
-        return torch.where(zero, 0, value / torch.where(zero, 1, squares).sqrt())
 
     def _check(self, weights: dict[str, nn.Parameter]) -> None:
         """Raise whatever would stop `accumulate_grad` half-way."""
@@ -237,19 +233,8 @@ class SmoothnessPenalty(nn.Module):
         )
         return (coefficients * terms).sum()
 
-    def _accumulate_nuclear(self, weights: Sequence[nn.Parameter], coefficient: Tensor) -> Tensor:
-        total = torch.zeros_like(coefficient)
-        for weight, grad in zip(weights, _grads(weights), strict=True):
-            with torch.enable_grad():
-                leaf = weight.detach().requires_grad_()
-                value = self._nuclear([leaf])
-            factor = coefficient.to(grad.device, value.dtype)
-            grad.add_(torch.autograd.grad(value, leaf, factor)[0])
-            total = total + coefficient * value.detach().to(total.device)
-        return total
 
-
-def _grads(weights: Sequence[nn.Parameter]) -> list[Tensor]:
+def _grads(weights: Iterable[nn.Parameter]) -> list[Tensor]:
     """``.grad`` of every weight, created where it is missing."""
     for weight in weights:
         if weight.grad is None:

@@ -339,6 +339,51 @@ def test_it_follows_a_model_that_is_moved() -> None:
     assert_close_rel(penalty(), value, torch.float64)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("way", ["forward", "accumulate_grad"])
+def test_polar_factors_serve_every_call_until_they_are_due(way: str, normalized: bool) -> None:
+    """A stale factor X gives <W, X>, below ‖W‖_*, with gradient X."""
+    model = small_model()
+    options = {"first_order": 0, "nuclear": 2.0, "normalized": normalized}
+    penalty = SmoothnessPenalty(model, **options, every=3)
+    stale: list[Tensor] = []
+    for step in range(7):
+        with torch.no_grad():
+            for weight in weights_of(model):
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+        model.zero_grad()
+        value = getattr(penalty, way)()
+        if way == "forward":
+            value.backward()
+        wanted, gradients = expected(weights_of(model), options)
+        if step % 3 == 0:
+            stale = [torch.from_numpy(expected_terms(weight, {})["nuclear"][1]) for weight in weights_of(model)]
+        else:
+            assert value < wanted
+            leaves = [weight.detach().clone().requires_grad_() for weight in weights_of(model)]
+            alongs = [
+                (leaf * x).sum() / (leaf.norm() if normalized else 1) for leaf, x in zip(leaves, stale, strict=True)
+            ]
+            wanted = 2 * sum(alongs)
+            gradients = [gradient.numpy() for gradient in torch.autograd.grad(wanted, leaves)]
+        assert_close_rel(value, wanted, torch.float64)
+        for weight, gradient in zip(weights_of(model), gradients, strict=True):
+            np.testing.assert_allclose(weight.grad.numpy(), gradient, rtol=1e-9, atol=1e-10)
+        exact = sum(layer["nuclear"] for layer in penalty.per_layer().values())
+        assert_close_rel(2 * exact, expected(weights_of(model), options)[0], torch.float64)
+
+
+def test_polar_factors_are_not_kept_for_other_weights() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
+    options = {"first_order": 0, "nuclear": 1.0}
+    penalty = SmoothnessPenalty(model, **options, every=100)
+    model[0].weight.requires_grad_(False)
+    penalty()
+    model[0].weight.requires_grad_(True)
+    model[1].weight.requires_grad_(False)
+    assert_close_rel(penalty(), expected([model[0].weight], options)[0], torch.float64)
+
+
 def test_parameters_that_are_replaced_are_followed() -> None:
     model = small_model().to("meta")
     penalty = SmoothnessPenalty(model, **ALL_TERMS)
@@ -446,6 +491,9 @@ def test_a_gradient_that_is_not_dense_is_named_and_nothing_changes() -> None:
         ({"dim": 0.5}, TypeError, "dim must be an int or a tuple of ints, got 0.5"),
         ({"dim": (1, 1)}, ValueError, "dim must not name an axis twice"),
         ({"backend": "metal"}, ValueError, "backend must be None or one of"),
+        ({"method": "qr"}, ValueError, "method must be one of .*got 'qr'"),
+        ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+        ({"every": 2.0}, TypeError, "every must be an int, got float"),
         ({"select": "conv"}, TypeError, "select must be callable, got str"),
         ({"model": nn.ReLU()}, ValueError, "model has no weight to penalise"),
         ({"model": []}, ValueError, "model has no weight to penalise"),
