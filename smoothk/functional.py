@@ -7,7 +7,9 @@ raises `smoothk.BackendUnavailable`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,16 +75,32 @@ def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor], grads
     ``grads`` are those that an op is to add into, one per tensor or none; a None stands for one that will be created.
     """
     for indices in _by_kind(tensors, grads):
-        present = [grads[i] for i in indices if grads[i] is not None] if grads else []
-        _backend.choose(op, backend, [tensors[i] for i in indices], present)
+        present = [local_part(grads[i]) for i in indices if grads[i] is not None] if grads else []
+        _backend.choose(op, backend, [local_part(tensors[i]) for i in indices], present)
+        if is_dtensor(tensors[indices[0]]):
+            from .distributed import check_placement
+
+            for i in indices:
+                check_placement(tensors[i], grads[i] if grads else None)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this is a DTensor; none is where their module, slow to import, has not been."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of ``tensor``."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _by_kind(tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> list[list[int]]:
-    """Indices of ``tensors`` in groups of one device, dtype and gradient dtype, in order of first appearance."""
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    """Indices of ``tensors`` in groups of one device, dtype and gradient dtype, DTensors apart from the others."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = {}
     for i, tensor in enumerate(tensors):
         grad = grads[i] if grads and grads[i] is not None else tensor
-        groups.setdefault((tensor.device, tensor.dtype, grad.dtype), []).append(i)
+        groups.setdefault((tensor.device, tensor.dtype, grad.dtype, is_dtensor(tensor)), []).append(i)
     return list(groups.values())
 
 
@@ -165,11 +183,17 @@ def difference_terms(
     Differentiable. Arguments are taken as checked.
     """
 
+    options = {"dim": dim, "norm": norm, "normalized": normalized, "eps": eps}
+
     def values_of(indices: list[int]) -> Tensor:
         group = [weights[i] for i in indices]
+        if is_dtensor(group[0]):
+            from . import distributed
+
+            return distributed.difference_terms(group, orders, **options, backend=backend)
         if _backend.choose("difference_penalty", backend, group) == "cpp":
             return torch.ops.smoothk.difference_penalty(group, orders, dim, norm, normalized, eps)
-        return reference.difference_terms(group, orders, dim=dim, norm=norm, normalized=normalized, eps=eps)
+        return reference.difference_terms(group, orders, **options)
 
     if not weights:  # a backend asked for by name must be there even if it has nothing to do
         _backend.choose("difference_penalty", backend, weights)
@@ -194,9 +218,15 @@ def accumulate_difference_penalty(
     are taken as checked. Returns the terms without coefficients, as `difference_terms` does.
     """
 
+    options = {"dim": dim, "norm": norm, "normalized": normalized, "eps": eps}
+
     def values_of(indices: list[int]) -> Tensor:
         ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
         factors = coefficients.to(ws[0].device)
+        if is_dtensor(ws[0]):
+            from . import distributed
+
+            return distributed.accumulate_difference_penalty(ws, gs, factors, orders, **options, backend=backend)
         chosen = _backend.choose("difference_penalty", backend, ws, gs)
         if chosen == "cpp":
             return torch.ops.smoothk.difference_penalty_accumulate_(gs, ws, factors, orders, dim, norm, normalized, eps)
@@ -205,7 +235,7 @@ def accumulate_difference_penalty(
     def _accumulate_one(weight: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         with torch.enable_grad():
             w = weight.to(reference.compute_dtype(weight.dtype)).detach().requires_grad_()
-            terms = reference.difference_terms([w], orders, dim=dim, norm=norm, normalized=normalized, eps=eps)
+            terms = reference.difference_terms([w], orders, **options)
         grad.add_(torch.autograd.grad(terms, w, factors.to(terms.dtype))[0])
         return terms.detach()
 
@@ -247,9 +277,20 @@ def nuclear_norm(
     """
     tensors = _as_list(weights)
     check_nuclear_options(unfolding, method)
-    _backend.choose("nuclear_norm", backend, tensors)
-    with _no_autocast(tensors):
-        return reference.nuclear_norm([_at_least_2d(w) for w in tensors], unfolding=unfolding, method=method)
+    _backend.choose("nuclear_norm", backend, [local_part(weight) for weight in tensors])
+
+    def values_of(indices: list[int]) -> Tensor:
+        group = [tensors[i] for i in indices]
+        if is_dtensor(group[0]):
+            from . import distributed
+
+            one = partial(nuclear_norm, unfolding=unfolding, method=method, backend=backend)
+            return distributed.gathered_terms(group, lambda weight: one(weight).view(1))
+        with _no_autocast(tensors):
+            matrices = [_at_least_2d(weight) for weight in group]
+            return reference.nuclear_norm(matrices, unfolding=unfolding, method=method).view(1)
+
+    return _sum_over_kinds(tensors, 1, values_of)[0]
 
 
 def _at_least_2d(weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import check_nuclear_options, nuclear_norm
+from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_norm
 from .reference import compute_dtype
 
 Weights = dict[str, Tensor]
@@ -70,10 +70,10 @@ class NuclearTerm:
         if factor is None:
             value = nuclear_norm(weight, **self.options)
         else:
-            value = _whole((weight.to(factor.dtype) * factor).sum())
+            value = _whole((local_part(weight).to(factor.dtype) * local_part(factor)).sum(), weight)
         if not self.normalized:
             return value
-        squares = _whole(weight.to(value.dtype).square().sum())
+        squares = _whole(local_part(weight).to(value.dtype).square().sum(), weight)
         zero = squares == 0  # not `> 0`: a NaN has to come through
         return torch.where(zero, 0, value / torch.where(zero, 1, squares).sqrt())
 
@@ -98,6 +98,10 @@ class NuclearTerm:
         return torch.autograd.grad(value, leaf)[0]
 
 
-def _whole(value: Tensor) -> Tensor:
-    """A sum over a DTensor as a plain tensor."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+def _whole(value: Tensor, weight: Tensor) -> Tensor:
+    """A sum over `local_part` of ``weight`` as one over all of it."""
+    if not is_dtensor(weight):
+        return value
+    from .distributed import sum_over_shards
+
+    return sum_over_shards(value, weight)

@@ -16,6 +16,7 @@ from .functional import (
     check_difference_options,
     check_dim,
     difference_terms,
+    local_part,
 )
 from .nuclear import NuclearTerm, Weights
 from .reference import axes_of, result_dtype
@@ -133,7 +134,7 @@ class SmoothnessPenalty(nn.Module):
         weights, total = self._active(), self._zero()
         if self._is_off or not weights:
             for weight in weights.values():  # differentiable, with a gradient of zeros
-                total = total + _local(weight).reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
+                total = total + local_part(weight).reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
             return total
         terms = self._terms(weights, self._nuclear).to(total.device)
         return (self._scaled_on(total.device) * terms).sum().to(total.dtype)
@@ -240,8 +241,3 @@ def _grads(weights: Iterable[nn.Parameter]) -> list[Tensor]:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     return [weight.grad for weight in weights]
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
