@@ -306,6 +306,26 @@ def test_autocast_changes_nothing(normalized: bool) -> None:
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+@pytest.mark.parametrize("way", ["forward", "accumulate_grad"])
+def test_a_gradient_scaler_does_not_change_the_penalty(way: str) -> None:
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    penalty = SmoothnessPenalty(model, first_order=0.5)
+    if way == "forward":
+        scaler.scale(penalty()).backward()
+        scaler.unscale_(optimizer)
+    else:
+        model.weight.grad = torch.zeros_like(model.weight)
+        scaler.scale(model.weight.sum() * 0).backward()
+        scaler.unscale_(optimizer)
+        penalty.accumulate_grad()
+    assert_close_rel(model.weight.grad, expected([model.weight], {"first_order": 0.5})[1][0], torch.float32)
+    before = model.weight.detach().clone()
+    scaler.step(optimizer)
+    assert_close_rel(model.weight, before - 0.1 * model.weight.grad, torch.float32)
+
+
 def test_a_training_step_with_either_way_is_the_same() -> None:
     torch.manual_seed(3)
     x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
