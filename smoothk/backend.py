@@ -94,17 +94,18 @@ def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 
 
 def _cpp_obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
+    transforms = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     for tensor in tensors:
         # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, got {type(tensor).__name__}"
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        if not tensor.is_cpu or tensor.layout is not torch.strided:
             return f"it takes dense tensors on the CPU, got a {tensor.layout} tensor on {tensor.device}"
         if tensor.dtype not in CPP_DTYPES:
             return f"it takes {', '.join(map(str, CPP_DTYPES))}, got {tensor.dtype}"
-        if tensor.dtype != tensors[0].dtype:
+        if tensor.dtype is not tensors[0].dtype:
             return f"it takes tensors of one dtype, got {tensors[0].dtype} and {tensor.dtype}"
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if transforms and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return "it does not run under torch.func transforms"
     if forward_ad._current_level >= 0:
         return "it has no forward-mode derivative"

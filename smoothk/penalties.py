@@ -228,7 +228,8 @@ class SmoothnessPenalty(nn.Module):
 
     def _accumulate_differences(self, weights: Sequence[nn.Parameter], coefficients: Tensor) -> Tensor:
         # A weight too short for every order keeps even a missing .grad.
-        weights = [weight for weight in weights if axes_of(weight, self.dim, min(self._orders))]
+        least = min(self._orders)
+        weights = [w for w in weights if w.grad is not None or axes_of(w, self.dim, least)]
         terms = accumulate_difference_penalty(
             weights, _grads(weights), coefficients, self._orders, **self._difference_options
         )
