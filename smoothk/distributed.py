@@ -27,6 +27,9 @@ from . import functional
 from .halo import Cut, Strip, copy_strip, exchange
 from .reference import axes_of
 
+# torch.compile runs these calls as they are, between its graphs.
+_not_compiled = torch.compiler.disable(reason="smoothk's penalties of DTensors communicate")
+
 
 class _Shard(NamedTuple):
     local: Tensor
@@ -59,6 +62,7 @@ class _SumOverShards(torch.autograd.Function):
         return grad, None  # not summed: the same loss is on every rank
 
 
+@_not_compiled
 def sum_over_shards(value: Tensor, weight: DTensor) -> Tensor:
     """Sum over all ranks that hold another part of ``weight`` of what each computed from its own; differentiable."""
     return _SumOverShards.apply(value, _groups(weight))
@@ -152,7 +156,8 @@ class _Exchanged:
         """Terms of strips of one kind; the gradient of their own rows is added into the local ``targets``."""
         grads = None
         if targets is not None:
-            grads = [torch.zeros_like(s.rows, dtype=to.dtype) for s, to in zip(strips, targets, strict=True)]
+            grads = [torch.empty_like(s.rows, dtype=to.dtype) for s, to in zip(strips, targets, strict=True)]
+            torch._foreach_zero_(grads)
         terms = []
         for k, order in enumerate(self.orders):
             rows = [strip.of_order(order, strip.rows) for strip in strips]
@@ -290,12 +295,14 @@ def _wants_gradient(weights: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
+@_not_compiled
 def difference_terms(weights: Sequence[DTensor], orders: Sequence[int], **options: Any) -> Tensor:
     """`smoothk.functional.difference_terms` of DTensors of one device and dtype."""
     parts = _parts(weights, orders, _wants_gradient(weights), **options)
     return sum(_apply(part, [weights[i] for i in indices]) for indices, part in parts)
 
 
+@_not_compiled
 @torch.no_grad()
 def accumulate_difference_penalty(
     weights: Sequence[DTensor], grads: Sequence[DTensor], coefficients: Tensor, orders: Sequence[int], **options: Any
@@ -326,6 +333,7 @@ def _add_redistributed(grad: DTensor, weight: DTensor, own: Tensor) -> None:
         grad.to_local().add_(added.to_local())
 
 
+@_not_compiled
 def gathered_terms(weights: Sequence[DTensor], evaluate: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum of ``evaluate(whole weight)``, a vector of terms, over DTensors; differentiable.
 

@@ -142,7 +142,9 @@ def difference_penalty(
 
     Args:
         weights: a tensor or a sequence of tensors of any shape, strides, device and floating dtype. Half precision is
-            computed in float32. A tensor with at most ``order`` entries along an axis adds 0 for that axis.
+            computed in float32. A tensor with at most ``order`` entries along an axis adds 0 for that axis. A DTensor
+            counts as the whole weight, has no second derivative, and every rank has to make the call
+            (`smoothk.distributed`).
         order: 1 or 2.
         dim: axis, or axes to sum over, of each tensor's own axes; an axis that a tensor lacks adds 0.
         norm: one of ``"l2"``, ``"l1"``, ``"l21"``, ``"huber"``.
@@ -258,7 +260,8 @@ def nuclear_norm(
 
     Args:
         weights: a tensor ``[C_out, C_in/groups, *kernel]`` or ``[C_out, C_in]``, or a sequence of them, of any device
-            and floating dtype. Half precision is computed in float32. A vector counts as one row.
+            and floating dtype. Half precision is computed in float32. A vector counts as one row. DTensors are gathered
+            one at a time, and every rank has to make the call.
         unfolding: ``"channel"`` for ``[C_out, C_in·k_h·k_w]``, ``"spatial"`` for ``[C_out·k_w, C_in·k_h]`` (2-d
             kernels; the same as ``"channel"`` for all others).
         method: ``"svd"``; ``"gram"``, eigenvectors of the Gram matrix in float64 (as exact as float32 weights allow);

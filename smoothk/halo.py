@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -24,10 +23,13 @@ class Cut:
     parts: int
     rank: int
 
+    @property
+    def chunk(self) -> int:
+        return -(-self.size // self.parts)
+
     def rows(self, rank: int) -> tuple[int, int]:
         """First row of ``rank`` and the one after its last."""
-        chunk = -(-self.size // self.parts)
-        return min(rank * chunk, self.size), min((rank + 1) * chunk, self.size)
+        return min(rank * self.chunk, self.size), min((rank + 1) * self.chunk, self.size)
 
     def strip(self, order: int, at_end: bool) -> tuple[int, int]:
         """Rows whose differences touch this rank's rows and others': with a first row of its own (``at_end``) or not.
@@ -41,24 +43,24 @@ class Cut:
         return max(start, 0), min(stop, self.size)
 
 
-@lru_cache(maxsize=4096)
 def neighbours(cut: Cut, width: int) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
     """``(rank, rows to receive, rows to send)`` for each rank that holds a row within ``width`` rows of this one's."""
     first, last = cut.rows(cut.rank)
     if first == last:
         return []
-    chunk = -(-cut.size // cut.parts)
-    neighbours = []
-    for rank in range(max(first - width, 0) // chunk, (min(last + width, cut.size) - 1) // chunk + 1):
+    near = []
+    for rank in range(max(first - width, 0) // cut.chunk, (min(last + width, cut.size) - 1) // cut.chunk + 1):
         start, stop = cut.rows(rank)
         if rank != cut.rank:
             receive = max(start, first - width), min(stop, last + width)
             send = max(first, start - width), min(last, stop + width)
-            neighbours.append((rank, receive, send))
-    return neighbours
+            near.append((rank, receive, send))
+    return near
 
 
 class Segment(NamedTuple):
+    """Consecutive rows of the whole axis from row ``first`` on."""
+
     first: int
     rows: Tensor
 
@@ -118,6 +120,7 @@ def exchange(shards: Sequence[tuple[Cut, Tensor]], width: int, group: ProcessGro
 
 
 def copy_strip(segments: Sequence[Segment], cut: Cut, width: int, at_end: bool) -> Strip:
+    """The strip at one end of a shard from what `exchange` found for it."""
     start, stop = cut.strip(width, at_end)
     rows = []
     for first, segment in segments:

@@ -71,6 +71,10 @@ class SmoothnessPenalty(nn.Module):
         TypeError: a weight that is not real floating-point, or arguments of another type.
 
     Parameters frozen (``requires_grad=False``) at the time of a call add neither value nor gradient.
+
+    On several processes every one of them makes the calls. Sharded parameters (DTensor: FSDP2, tensor parallelism) give
+    the value and the gradient of the whole weights (`smoothk.distributed`). `accumulate_grad` does not depend on how
+    DDP or FSDP2 average gradients, nor on a precision to which FSDP2 casts parameters between forward and backward.
     """
 
     def __init__(

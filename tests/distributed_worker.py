@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -89,11 +90,16 @@ def own_chunk(whole: Tensor, axis: int = 0) -> Tensor:
 
 def both_ways(penalty: SmoothnessPenalty, weights: Sequence[DTensor]) -> Iterator[Tensor]:
     """The value by autograd and by accumulation, each with fresh gradients in the weights."""
-    for call in (lambda: penalty().backward(), penalty.accumulate_grad):
+
+    def differentiate() -> Tensor:
+        value = penalty()
+        value.backward()
+        return value.detach()
+
+    for call in (differentiate, penalty.accumulate_grad):
         for weight in weights:
             weight.grad = None
-        value = call()
-        yield penalty().detach() if value is None else value
+        yield call()
 
 
 def check_both_ways(weights: Sequence[DTensor], whole: Sequence[Tensor], options: dict) -> list[Tensor]:
@@ -313,13 +319,15 @@ def other_dtypes_and_several_at_once() -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.bfloat16]
     whole = [torch.randn(9, 4, 3).to(dtype) for dtype in dtypes]
     weights = [nn.Parameter(distribute_tensor(w, line_mesh(), [Shard(0)])) for w in whole]
-    value, gradients = expected(whole, BOTH)
-    for actual in both_ways(SmoothnessPenalty(weights, **BOTH), weights):
-        assert actual.dtype == torch.float32
-        assert_close_rel(actual, value, torch.float32)
-        for weight, wanted in zip(weights, gradients, strict=True):
-            assert weight.grad.dtype == weight.dtype
-            assert_close_rel(weight.grad.full_tensor(), wanted, weight.dtype)
+    for norm, normalized in itertools.product(NORMS, (False, True)):
+        options = {**BOTH, "norm": norm, "normalized": normalized}
+        value, gradients = expected(whole, options)
+        for actual in both_ways(SmoothnessPenalty(weights, **options), weights):
+            assert actual.dtype == torch.float32
+            assert_close_rel(actual, value, torch.float32)
+            for weight, wanted in zip(weights, gradients, strict=True):
+                assert weight.grad.dtype == weight.dtype
+                assert_close_rel(weight.grad.full_tensor(), wanted, weight.dtype)
 
 
 @on(2, 4)
@@ -338,7 +346,7 @@ def sharded_and_plain_weights_together() -> None:
 def any_axis_of_one_mesh_dimension() -> None:
     whole = [torch.randn(5, 6, 7, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)]
     whole.append(torch.randn(6, 5, 3, 2, dtype=torch.float64).to(memory_format=torch.channels_last))
-    for axis, norm, normalized, dim in itertools.product((0, 1), NORMS, (False, True), (0, 1, (0, 1), (1, 2))):
+    for axis, norm, normalized, dim in itertools.product((0, 1), ("l1", "l21"), (False, True), (0, 1, (0, 1), (1, 2))):
         weights = [nn.Parameter(distribute_tensor(w, line_mesh(), [Shard(axis)])) for w in whole]
         check_both_ways(weights, whole, {**BOTH, "norm": norm, "normalized": normalized, "dim": dim})
 
@@ -428,6 +436,24 @@ def shards_reach_the_cpp_operator() -> None:
     penalty = SmoothnessPenalty(model, **BOTH, backend="cpp")
     for value in both_ways(penalty, weights_of(model)):
         torch.testing.assert_close(value, SmoothnessPenalty(model, **BOTH, backend="torch")().detach())
+
+
+@on(2)
+def compiled_calls_equal_one_process() -> None:
+    model = odd_model()
+    whole = [weight.detach().clone() for weight in weights_of(model)]
+    fully_shard(model, mesh=line_mesh())
+    value, gradients = expected(whole, BOTH)
+    penalty = SmoothnessPenalty(model, **BOTH)
+    penalty.forward, penalty.accumulate_grad = (
+        torch.compile(method, backend="eager") for method in (penalty.forward, penalty.accumulate_grad)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Dynamo's, at a graph break
+        for actual in both_ways(penalty, weights_of(model)):
+            assert_close_rel(actual, value, torch.float64)
+            for weight, wanted in zip(weights_of(model)[:-1], gradients, strict=False):  # the last one is too short
+                assert_close_rel(weight.grad.full_tensor(), wanted, torch.float64)
 
 
 @on(2)

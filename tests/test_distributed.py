@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
+import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("torch.distributed.fsdp", reason="this torch has no torch.distributed")
-if not torch.distributed.is_gloo_available():
-    pytest.skip("this torch has no gloo", allow_module_level=True)
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this torch has no torch.distributed with gloo", allow_module_level=True)
 
 from distributed_worker import CHECKS  # noqa: E402
 
@@ -25,46 +26,45 @@ from smoothk.halo import Cut, neighbours  # noqa: E402
 TESTS = Path(__file__).resolve().parent
 SECONDS = 100
 
+Results = list[dict[str, str]]  # of every rank, by check
+
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
-    """``results(world)[rank][check]`` of one run of all checks on ``world`` processes."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """Runs all checks on that many processes, once."""
+    return cache(lambda world: run_checks(world, tmp_path_factory.mktemp(f"on{world}")))
 
-    @lru_cache
-    def run(world: int) -> list[dict[str, str]]:
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-        command = [sys.executable, "-W", "error", str(TESTS / "distributed_worker.py")]
-        logs = [folder / f"{rank}.log" for rank in range(world)]
-        workers = []
-        try:
-            for rank, log in enumerate(logs):
-                with log.open("w") as output:
-                    arguments = [*command, str(rank), str(world), str(folder)]
-                    workers.append(subprocess.Popen(arguments, env=environment, stdout=output, stderr=output))
-            for worker in workers:
-                worker.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            pass  # the checks that are missing say so
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-        found = []
+
+def run_checks(world: int, folder: Path) -> Results:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    logs = [folder / f"{rank}.log" for rank in range(world)]
+    workers: list[subprocess.Popen] = []
+    deadline = time.monotonic() + SECONDS
+    try:
         for rank, log in enumerate(logs):
-            file = folder / f"{rank}.json"
-            text = log.read_text()[-2000:]
-            found.append(dict.fromkeys(CHECKS, f"did not run on rank {rank}: an earlier check failed or hung\n{text}"))
-            found[-1].update(json.loads(file.read_text()) if file.exists() else {})
-        return found
-
-    return run
+            command = [sys.executable, "-W", "error", TESTS / "distributed_worker.py", str(rank), str(world), folder]
+            with log.open("w") as output:
+                workers.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        for worker in workers:
+            worker.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        pass  # what is missing then fails by name
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    found = []
+    for rank, log in enumerate(logs):
+        missing = f"did not run on rank {rank}: an earlier check failed or hung\n{log.read_text()[-2000:]}"
+        file = folder / f"{rank}.json"
+        found.append(dict.fromkeys(CHECKS, missing) | (json.loads(file.read_text()) if file.exists() else {}))
+    return found
 
 
 @pytest.mark.parametrize(
     ("check", "world"), [(name, world) for name, (_, worlds) in CHECKS.items() for world in worlds]
 )
-def test_on_several_processes(results, check: str, world: int) -> None:  # noqa: ANN001
+def test_on_several_processes(results: Callable[[int], Results], check: str, world: int) -> None:
     outcomes = [of_rank[check] for of_rank in results(world)]
     for outcome in sorted(outcomes, key=lambda text: text.startswith("did not run")):
         if outcome.startswith("skipped"):
