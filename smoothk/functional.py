@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from . import reference
+from . import ops, polar, reference
 from .unfolding import check_unfolding
 
 NORMS = ("l2", "l1", "l21", "huber")
@@ -64,8 +64,8 @@ def check_difference_options(order: int, norm: str, eps: float) -> None:
 def check_nuclear_options(unfolding: str, method: str) -> None:
     """Raise unless these describe a nuclear norm."""
     check_unfolding(unfolding)
-    if method not in reference.NUCLEAR_METHODS:
-        names = ", ".join(map(repr, reference.NUCLEAR_METHODS))
+    if method not in polar.METHODS:
+        names = ", ".join(map(repr, polar.METHODS))
         raise ValueError(f"method must be one of {names}, got {method!r}")
 
 
@@ -291,7 +291,7 @@ def nuclear_norm(
             return distributed.gathered_terms(group, lambda weight: one(weight).view(1))
         with _no_autocast(tensors):
             matrices = [_at_least_2d(weight) for weight in group]
-            return reference.nuclear_norm(matrices, unfolding=unfolding, method=method).view(1)
+            return reference.nuclear_norm(matrices, unfolding=unfolding, method=method, namespace=ops.TORCH).view(1)
 
     return _sum_over_kinds(tensors, 1, values_of)[0]
 

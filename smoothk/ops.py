@@ -1,12 +1,13 @@
-"""Fake kernels and autograd of the operators that are not written in PyTorch: one set of schemas, a namespace each for
-C++ (``smoothk``) and Triton (``smoothk_triton``).
+"""Fake kernels and autograd of the operators that torch.compile must not look into: one set of schemas, a namespace
+each for C++ (``smoothk``), Triton (``smoothk_triton``) and PyTorch (``smoothk_torch``).
 
-The backward of the penalty is an operator too, and is differentiable: its own derivative is taken through
-`smoothk.reference`.
+The backward of the difference penalty is an operator too, and is differentiable: its own derivative is taken through
+`smoothk.reference`. ``polar_factors`` has no second derivative.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from . import reference
+
+TORCH = "smoothk_torch"
 
 
 def register(namespace: str) -> None:
@@ -32,6 +35,41 @@ def register(namespace: str) -> None:
     register_fake(f"{penalty}_accumulate_", _fake_accumulate)
     register_autograd(penalty, penalty_backward, setup_context=_save_penalty)
     register_autograd(backward, _backward_backward, setup_context=_save_backward)
+
+
+def register_polar_factors(
+    namespace: str, kernel: Callable[[list[Tensor], str, str], tuple[Tensor, list[Tensor]]]
+) -> None:
+    """Define ``polar_factors`` in ``namespace``: ``‖W‖_*``, whose gradient is U Vᵀ, and U Vᵀ of every weight.
+
+    Nothing differentiates U or V, so repeated singular values are harmless, and a second derivative is an error.
+
+    Args:
+        kernel: computes what `reference.polar_factors` does.
+    """
+    name = f"{namespace}::polar_factors"
+    torch.library.define(name, "(Tensor[] weights, str unfolding, str method) -> (Tensor, Tensor[])")
+    torch.library.impl(name, "default", kernel)
+    register_fake(name, _fake_polar_factors)
+    register_autograd(name, _polar_factors_backward, setup_context=_save_polar_factors)
+
+
+def _fake_polar_factors(weights: list[Tensor], *options: str) -> tuple[Tensor, list[Tensor]]:
+    factors = [torch.empty(w.shape, dtype=reference.compute_dtype(w.dtype), device=w.device) for w in weights]
+    return _fake_penalty(weights, range(len(weights))), factors
+
+
+def _save_polar_factors(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [weight.dtype for weight in inputs[0]]
+    ctx.save_for_backward(*output[1])
+
+
+def _polar_factors_backward(ctx: Any, grads: Tensor | None, second: list[Tensor | None]) -> tuple[Any, ...]:
+    if any(grad is not None for grad in second):
+        raise RuntimeError("nuclear_norm has no second derivative: the singular vectors are not differentiated")
+    rows = zip(grads, ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[0], strict=True)
+    return [(g.to(x.device) * x).to(dtype) if needs else None for g, x, dtype, needs in rows], None, None
 
 
 def _fake_penalty(weights: list[Tensor], orders: list[int], *options: Any) -> Tensor:
@@ -77,3 +115,6 @@ def _backward_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         along = torch.stack(along)
         seconds = torch.autograd.grad(grad @ along, weights, create_graph=keep_graph, materialize_grads=True)
     return along, list(seconds), *(None for _ in ctx.options)
+
+
+register_polar_factors(TORCH, reference.polar_factors)

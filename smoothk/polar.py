@@ -1,0 +1,221 @@
+"""Nuclear norm and polar factor of matrices: ``W = U S Vᵀ`` gives ``Σ S`` and its subgradient ``U Vᵀ``.
+
+`METHODS` names the ways to compute them. ``"auto"`` is the fastest whose value is within 1e-3 and whose gradient within
+1e-2 (relative, Frobenius) of the exact ones, on any spectrum: for float32 matrices on the CPU eigenvectors of Gram
+matrices, in float32 as far as it resolves them (`_deflate`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Odd quintics a*x + b*x^3 + c*x^5 that drive all singular values of [1e-3, 1] to 1: Amsel et al., "The Polar Express"
+# (arXiv 2505.16932), Algorithm 1. The last row is the classic Newton-Schulz quintic and is repeated to converge.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.875, -1.25, 0.375),
+    (1.875, -1.25, 0.375),
+)
+_SAFETY = 1.01  # keeps rounding from pushing a singular value past the interval in which a quintic contracts
+QUINTICS = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-2]) + _POLAR_EXPRESS[-2:]
+
+# A float32 Gram matrix has errors of a few eps * σ_max², which turn the direction of σ by some eps * (σ_max / σ)². Down
+# to this σ / σ_max that is less than 1e-2, and about 1e-3 measured.
+_RESOLVED = 1e-2
+_SMALL = 40_000  # entries up to which float64 is as fast
+
+Factored = tuple[float, Tensor, Tensor]
+
+
+def polar_factors(matrices: Sequence[Tensor], method: str) -> list[tuple[Tensor, Tensor]]:
+    """``(‖W‖_*, U Vᵀ)`` of every non-empty float32 or float64 matrix, by one of `METHODS`.
+
+    ``U Vᵀ`` runs over the singular values above ``max(rows, columns) * eps * σ_max``, but for ``"polar"``, which has no
+    such threshold. A matrix with a NaN or Inf gives NaN everywhere.
+    """
+    if method == "polar":
+        return _polar_newton_schulz(matrices)
+    return [_polar_factor(matrix, method) for matrix in matrices]
+
+
+def _polar_factor(matrix: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    low, high = matrix.aminmax()  # makes no copy, and tells NaN
+    largest = max(-low.item(), high.item())
+    if not math.isfinite(largest):  # the solvers raise; a penalty propagates
+        return matrix.new_full((), torch.nan), torch.full_like(matrix, torch.nan)
+    if method == "auto":
+        method = "svd" if matrix.dtype == torch.float64 else "mixed" if _exact_float32(matrix) else "gram"
+    if method == "svd":
+        return _polar_svd(matrix)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    if not wide:
+        matrix = matrix.mT.contiguous()
+    value, factor = _polar_mixed(matrix, largest) if method == "mixed" else _polar_gram(matrix)
+    return value, factor if wide else factor.mT
+
+
+def _threshold(matrix: Tensor) -> float:
+    """Share of σ_max that rounding of ``matrix`` can make out of nothing."""
+    return max(matrix.shape) * torch.finfo(matrix.dtype).eps
+
+
+def _polar_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    resolved = s > _threshold(matrix) * s[:1]
+    return s.sum(), (u * resolved) @ vh
+
+
+def _polar_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of the Gram matrix; in float64, whose squared condition number float32 input never fills."""
+    squares, q = torch.linalg.eigh(_gram(matrix.double()))
+    s = squares.clamp_min(0).sqrt()
+    threshold = max(_threshold(matrix), math.sqrt(_threshold(squares)))  # the second is of float64 input
+    inverse = torch.where(s > threshold * s[-1:], 1 / s, 0)
+    root = (q * inverse) @ q.mT
+    return s.sum().to(matrix.dtype), _product(root.to(matrix.dtype), matrix.mT)
+
+
+def _polar_mixed(matrix: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """`_polar_gram` of a float32 matrix, with as much of it in float32 as stays within the error of ``"auto"``."""
+    found, scale = None, 1.0
+    if matrix.numel() > _SMALL and largest > 0:
+        if not 1e-6 < largest < 1e6:  # a power of two changes no bit of the entries and brings their squares in range
+            scale = 2.0 ** -max(math.frexp(largest)[1], -120)
+        found = _deflate(matrix if scale == 1 else matrix * scale)
+    if found is None:
+        return _polar_gram(matrix)
+    value, left, right = found
+    return matrix.new_tensor(value / scale), _product(left, right.mT)
+
+
+def _deflate(w: Tensor, threshold: float | None = None, noise: float = 0.0) -> Factored | None:
+    """``‖w‖_*`` and ``left, right`` with ``U Vᵀ = left @ right`` over the singular values above ``threshold``.
+
+    Eigenvectors of the float32 Gram matrix, down to `_RESOLVED` times the largest singular value. The directions below
+    are projected out, freed of what rounding has left in them of the others, and treated in the same way: their Gram
+    matrix has errors of their own, smaller, scale.
+
+    Args:
+        w: float32 ``[rows, columns]``, rows <= columns, largest entry about 1.
+        threshold: by default ``columns * eps * σ_max``.
+        noise: bound on the error of the singular values that comes with ``w``.
+
+    Returns:
+        None where a singular value is too close to the threshold to tell its side. Not even float64 recovers that from
+        a ``w`` with noise: the caller has to start from the exact matrix.
+    """
+    eps = torch.finfo(w.dtype).eps
+    first = threshold is None
+    for dtype in (torch.float32, torch.float64) if first or len(w) > 128 else (torch.float64,):
+        squares, u = torch.linalg.eigh(_gram(w.to(dtype)))
+        s = squares.double().clamp_min(0).sqrt()
+        largest = s[-1].item()
+        cut = _threshold(w) * largest if first else threshold
+        resolved = _RESOLVED * largest if dtype == torch.float32 else 0.0
+        weak = int((s < resolved).sum()) if resolved > cut else 0
+        # The squares are wrong by less than 4 eps * σ_max², measured, so their roots at the cut by half that over it.
+        slack = 2 * torch.finfo(dtype).eps * largest**2 / cut + noise
+        if not ((s[weak:] - cut).abs() <= slack).any():
+            break
+    else:
+        return None
+    s, u = s.float(), u.float()
+    if not weak:
+        kept = int((s > cut).sum())
+        v, inverse = u[:, len(s) - kept :], 1 / s[len(s) - kept :]
+        if 2 * kept < len(s):
+            return s.sum().item(), v * inverse, _product(v.mT, w.mT)
+        return s.sum().item(), _product(v * inverse, v), w
+
+    rotated = _product(u.mT, w.mT)
+    remainder, strong = rotated[:weak], rotated[weak:]
+    overlap = _product(remainder, strong) / squares[weak:].float()
+    remainder -= _product(overlap, strong.mT)  # in `rotated`
+    value = s[weak:].sum().item()
+    inner = _deflate_remainder(remainder, cut, max(noise, eps * largest), value)
+    if inner is None:
+        return None
+    left = torch.cat([_product(u[:, :weak], inner[1].mT), u[:, weak:] / s[weak:]], 1)
+    return value + inner[0], left, rotated if inner[2] is remainder else torch.cat([inner[2], strong])
+
+
+def _deflate_remainder(w: Tensor, threshold: float, noise: float, value: float) -> Factored | None:
+    """`_deflate`, without a decomposition where the Frobenius norm alone says that nothing reaches the threshold.
+
+    The sum of the singular values is then between that norm and √rows times as much: the middle is near enough where
+    it is a small part of the ``value`` of the other directions.
+    """
+    norm = torch.linalg.vector_norm(w).item()
+    most = math.sqrt(len(w)) * norm
+    if norm < threshold - noise and most < 1e-3 * value:
+        return (norm + most) / 2, w[:, :0], w[:0]
+    return _deflate(w, threshold, noise)
+
+
+def _polar_newton_schulz(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Newton-Schulz iterations, batched over matrices of one shape, without a look at any number on the host."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        groups.setdefault((*sorted(matrix.shape), matrix.dtype, matrix.device), []).append(i)
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices in groups.values():
+        transposed = [matrices[i].shape[0] > matrices[i].shape[1] for i in indices]
+        batch = torch.stack([matrices[i].mT if t else matrices[i] for i, t in zip(indices, transposed, strict=True)])
+        values, factors = map(torch.unbind_copy, newton_schulz(batch))
+        for i, t, value, factor in zip(indices, transposed, values, factors, strict=True):
+            results[i] = value, factor.mT if t else factor
+    return [results[i] for i in range(len(matrices))]
+
+
+def newton_schulz(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """``<W, X>`` ``[N]`` and the polar factors X of a batch of W ``[N, rows, columns]``, rows <= columns."""
+    largest = batch.abs().amax((-2, -1), keepdim=True)  # squares of extreme entries would leave float32's range
+    scaled = batch / torch.where(largest == 0, 1, largest)
+    # The Frobenius norm bounds the largest singular value; a zero matrix stays zero.
+    norm = torch.linalg.matrix_norm(scaled, keepdim=True)
+    x = scaled / torch.where(norm == 0, 1, norm * _SAFETY)
+    for a, b, c in QUINTICS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (scaled * x).sum((-2, -1)) * largest[:, 0, 0], x
+
+
+def _gram(w: Tensor) -> Tensor:
+    """``w wᵀ``; for large matrices only the lower triangle of blocks, which is all that eigh reads, the rest is 0."""
+    rows = len(w)
+    block = -(-rows // 4) if rows >= 512 else rows
+    gram = w.new_zeros(rows, rows)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        gram[start:stop, :stop] = _product(w[start:stop], w[:stop])
+    return gram
+
+
+# torch sends float32 products to its BLAS library; oneDNN's are over twice as fast where that is MKL on an AMD CPU, and
+# as fast elsewhere. This operator is how torch.compile reaches them.
+_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ bᵀ``."""
+    large = a.numel() * len(b) >= 1 << 20
+    if large and _LINEAR is not None and a.dtype == torch.float32 and a.device.type == "cpu":
+        return _LINEAR(a, b, None, "none", [], "")
+    return a @ b.mT
+
+
+def _exact_float32(matrix: Tensor) -> bool:
+    """Whether float32 products here are made of float32 operations, not of TF32 or bfloat16 ones."""
+    return matrix.device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
+METHODS = ("auto", "svd", "gram", "polar")
