@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import speed
 from cifar10 import read_results
 
 from smoothk.recipes.compare import METHODS, Comparison, Row, mean
@@ -75,10 +76,31 @@ def _networks(comparison: Comparison) -> str:
     return f"{by_network(comparison, 'svd').to_markdown()}\n\n{caption(comparison)}"
 
 
+def _speed(entry: str, table: Callable[[Sequence[speed.Record]], Table], note: str) -> str:
+    results = speed.read(RESULTS / "speed", entry, "cpu")
+    return f"{table(results).to_markdown()}\n\n{note} {speed.provenance(results[0])}."
+
+
+DIFFERENCE_NOTE = (
+    "Value and gradient into `.grad` of all conv and linear weights, l2; median of paired, interleaved samples (10th "
+    "to 90th percentile). The milliseconds are those of one machine. In its own process a side allocates as in a "
+    "script, where temporaries come from fresh memory."
+)
+NUCLEAR_NOTE = (
+    "Value and gradient of all layers; errors against float64, the largest over random weights and over spectra with "
+    "slow decay, a small tail, zeros and repeated singular values."
+)
+STEP_NOTE = (
+    "ResNet-18 on 32×32 images, SGD, forward to optimizer; last column: the penalty alone, after a backward pass."
+)
+
 TABLES: dict[str, Callable[[], str]] = {
     "cifar10-networks": lambda: _networks(read_results(RESULTS / "cifar10-small")),
     "cifar10-methods": lambda: by_method(read_results(RESULTS / "cifar10-small"), "plain").to_markdown(),
     "digits": lambda: _networks(read("digits")),
+    "speed-difference": lambda: _speed("difference", speed.difference_table, DIFFERENCE_NOTE),
+    "speed-nuclear": lambda: _speed("nuclear", speed.nuclear_table, NUCLEAR_NOTE),
+    "speed-step": lambda: _speed("step", speed.step_table, STEP_NOTE),
 }
 
 

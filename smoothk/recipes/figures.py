@@ -55,7 +55,9 @@ def check_matplotlib() -> None:
 
 
 @contextmanager
-def _figure(path: str | Path, rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
+def styled_figure(
+    path: str | Path, rows: int, columns: int, height: float, **options: Any
+) -> Iterator[tuple[Any, Any]]:
     """A styled figure and its array of axes; written to ``path`` in one step when the block ends."""
     check_matplotlib()
     import matplotlib
@@ -80,7 +82,7 @@ def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
-def _look(index: int) -> dict[str, str]:
+def look(index: int) -> dict[str, str]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
@@ -125,14 +127,14 @@ def singular_values(
     """
     layers = layers or default_layers(next(iter(networks.values())))
     data: list[list[object]] = []
-    with _figure(path, 1, len(layers), 2.9, sharey=True) as (figure, axes):
+    with styled_figure(path, 1, len(layers), 2.9, sharey=True) as (figure, axes):
         for axis, layer in zip(axes[0], layers, strict=True):
             for index, (name, model) in enumerate(networks.items()):
                 weight = _weight(model, layer)
                 values = torch.linalg.svdvals(unfold(weight, unfolding)[0].double())
                 ratios = (values / values[0]).tolist()
                 positions = [(i + 1) / len(ratios) for i in range(len(ratios))]
-                axis.plot(positions, ratios, color=_look(index)["color"], label=name)
+                axis.plot(positions, ratios, color=look(index)["color"], label=name)
                 data += [[layer, name, i + 1, len(ratios), f"{ratio:.5g}"] for i, ratio in enumerate(ratios)]
             rows, columns = unfold(weight, unfolding).shape[1:]
             axis.set_title(f"{layer}  ({rows}×{columns})")
@@ -166,7 +168,7 @@ def accuracy(
     panels = [(method, field) for field in MEASURES for method in methods]
     rows, columns = (1, 2) if len(methods) == 1 else (2, len(methods))
     data: list[list[object]] = []
-    with _figure(path, rows, columns, 1.4 + 1.8 * rows, sharex=True, sharey=True) as (figure, axes):
+    with styled_figure(path, rows, columns, 1.4 + 1.8 * rows, sharex=True, sharey=True) as (figure, axes):
         for axis, (method, field) in zip(axes.flat, panels, strict=True):
             for index, (network, label) in enumerate(networks.items()):
                 cells = [groups.get((keep, method, network), []) for keep in keeps]
@@ -199,8 +201,8 @@ def _point(rows: Sequence[Row], field: str) -> list[float]:
 def _curve(axis: Any, points: Sequence[Sequence[float]], label: str, index: int) -> None:
     kept, mid, low, high, dense = zip(*points, strict=True)
     bars = ([m - e for m, e in zip(mid, low, strict=True)], [e - m for m, e in zip(mid, high, strict=True)])
-    axis.axhline(dense[0], color=_look(index)["color"], **DENSE_LINE)
-    axis.errorbar(kept, mid, bars, label=label, elinewidth=0.8, **_look(index))
+    axis.axhline(dense[0], color=look(index)["color"], **DENSE_LINE)
+    axis.errorbar(kept, mid, bars, label=label, elinewidth=0.8, **look(index))
 
 
 def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: str | None = None) -> None:
@@ -217,7 +219,7 @@ def weight_rows(networks: Mapping[str, nn.Module], path: str | Path, *, layer: s
     first = next(iter(networks.values()))
     layer = layer or default_layers(first)[len(default_layers(first)) // 2]
     data: list[list[object]] = []
-    with _figure(path, 1, len(networks), 2.6, sharey=True) as (figure, axes):
+    with styled_figure(path, 1, len(networks), 2.6, sharey=True) as (figure, axes):
         for axis, (name, model) in zip(axes[0], networks.items(), strict=True):
             matrix = unfold(_weight(model, layer))[0].float()
             corner = (matrix / matrix.square().mean().sqrt())[:CORNER, :CORNER].numpy()

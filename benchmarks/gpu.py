@@ -1,0 +1,228 @@
+"""Everything there is to measure on one CUDA GPU, in one command that needs no network.
+
+    PYTHONPATH=. python benchmarks/gpu.py --out DIR [--only check ceilings difference graphs step nuclear] [--dry-run]
+
+Not yet run on a GPU. It runs in a checkout as it is; CuPy is used where it is installed. The kernels are compared with float64 first. Every command of a part is a process of its own with
+a time limit, so that a kernel that hangs or breaks the device costs that command and not the run; where that happens,
+the command is repeated without smoothk's kernels, for the baselines. Results lie in DIR as soon as they are measured,
+``gpu.json`` says what became of each command, and the summary at the end can be had again with ``--only summary``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import speed
+import torch
+from bench import DEVICE_LOST
+from entries.nuclear import TRITON
+from timing import copy, interleave, matmul_rate, spread
+
+from smoothk.checkpoint import atomic_write
+from smoothk.recipes.provenance import stamp
+from smoothk.report import Table
+
+BENCH = Path(__file__).resolve().parent / "bench.py"
+OURS = ("fused", "triton")  # sides that a repetition leaves out
+
+
+@dataclass(frozen=True)
+class Command:
+    """One call of bench.py, or of this script, and the minutes it may take."""
+
+    arguments: tuple[str, ...]
+    minutes: float
+
+
+def _bench(text: str, minutes: float) -> Command:
+    return Command(tuple(text.split()), minutes)
+
+
+PARTS: dict[str, list[Command]] = {
+    "check": [
+        _bench("difference --gate-only --sides fused --set odd resnet18", 3),
+        _bench("nuclear --gate-only --sides auto triton", 3),
+        _bench(
+            "difference --gate-only --sides fused --set odd --dtype float32 bfloat16 float16 float64 "
+            "--norm l2 l1 l21 huber --normalized no yes --dim 0 1 0,1 2,3",
+            8,
+        ),
+    ],
+    "ceilings": [_bench("ceilings", 2)],
+    "difference": [
+        _bench("difference --set resnet18 --budget 20", 8),
+        _bench("difference --set vit_b16 --orders first both --budget 20", 8),
+        _bench("difference --set resnet50 --orders first both --budget 20", 8),
+        _bench("difference --set resnet18 vit_b16 --orders first --dtype bfloat16 --budget 20", 6),
+        _bench("difference --set 4gib --orders first --budget 20", 6),
+    ],
+    "graphs": [_bench("difference --gate-only --sides fused --reruns 1000", 5)],
+    "step": [_bench("step --budget 60", 5)],
+    "nuclear": [_bench("nuclear --set resnet18 --budget 60", 8), _bench("nuclear --set vit_b16 --budget 60", 8)],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for; 1 if a command did not end with status 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory for results, figures and gpu.json")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "summary"], default=list(PARTS), help="parts to run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script out")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and their limits, run none")
+    args = parser.parse_args(argv)
+    plan = {part: PARTS[part] for part in args.only if part in PARTS}
+    if args.dry_run:
+        print(plan_table(plan))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device")
+    args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the command under way
+    bad = False
+    for part, commands in plan.items():
+        for command in commands:
+            bad |= run(part, command, args) != 0
+    print(f"\n{summary(args.out)}")
+    return int(bad)
+
+
+def plan_table(plan: dict[str, list[Command]]) -> Table:
+    """What would run, and for how long at most."""
+    rows = [[part, " ".join(c.arguments), c.minutes] for part, commands in plan.items() for c in commands]
+    return Table(["part", "command", "minutes"], [*rows, ["", "all", sum(row[2] for row in rows)]], {"minutes": "g"})
+
+
+def run(part: str, command: Command, args: argparse.Namespace) -> int:
+    """Run one command, log it, and repeat it without smoothk's kernels if they broke it; its exit status."""
+    if command.arguments == ("ceilings",):
+        measure_ceilings(args.out, torch.device(args.device))
+        return 0
+    status = _logged(part, command, args, args.out / part)
+    if status is None or status < 0 or status == DEVICE_LOST:
+        _logged(part, command, args, args.out / f"{part}-baselines", without=OURS)
+    return 1 if status is None else status
+
+
+def _logged(
+    part: str, command: Command, args: argparse.Namespace, out: Path, without: Sequence[str] = ()
+) -> int | None:
+    """`call` of bench.py, with its outcome added to gpu.json."""
+    arguments = [*command.arguments, "--device", args.device, *(["--without", *without] if without else [])]
+    print(f"\n=== {part}: {' '.join(arguments)} (at most {command.minutes:g} min)", flush=True)
+    start = time.perf_counter()
+    status = call([sys.executable, str(BENCH), *arguments, "--out", str(out)], 60 * command.minutes)
+    entry = {
+        "part": part,
+        "command": " ".join(arguments),
+        "status": "timeout" if status is None else status,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    path = args.out / "gpu.json"
+    log: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    atomic_write(path, json.dumps([*log, entry], indent=1).encode() + b"\n")
+    return status
+
+
+def call(command: Sequence[str], seconds: float) -> int | None:
+    """Exit status of a command; None if it was killed, with everything it started, at its time limit."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
+def measure_ceilings(out: Path, device: torch.device) -> None:
+    """Copy bandwidth and the rate of a bfloat16 product, the denominators of everything else, into ceilings.json."""
+    cuda = device.type == "cuda"
+    size, side = (2 << 30, 8192) if cuda else (64 << 20, 512)
+    seconds = spread(interleave({"copy": copy(device, size)}, device, samples=20, budget=20)["copy"].seconds)["median"]
+    result = {
+        "device": device.type,
+        "copy_bytes": size,
+        "copy_bytes_per_second": 2 * size / seconds,
+        "matmul_size": side,
+        "matmul_flops_per_second": matmul_rate(device, side),
+        "provenance": stamp(),
+    }
+    atomic_write(out / "ceilings.json", json.dumps(result, indent=1).encode() + b"\n")
+    print(f"copy {result['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written, ", end="")
+    print(f"bfloat16 product {result['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s", flush=True)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to show: one number of one side in a case of a result of a part."""
+
+    what: str
+    wanted: str
+    part: str
+    weights: str
+    case: str
+    side: str
+    number: Callable[[speed.Record], float]
+
+    def read(self, out: Path) -> float | str | None:
+        """The number, why there is none, or None where nothing has been measured."""
+        for path in (out / self.part).glob(f"*-{self.weights}-*.json"):
+            result = json.loads(path.read_text())
+            cases = [case for case in result["cases"] if case["name"].startswith(self.case)]
+            for side in (side for case in cases for side in case["sides"] if side["name"] == self.side):
+                try:
+                    return self.number(side)
+                except KeyError:
+                    return f"{side['status']}: {side['reason']}"
+        return None
+
+
+def _ratio(side: speed.Record) -> float:
+    return side["ratio"]["median"]
+
+
+def _identical(side: speed.Record) -> float:
+    return side["reruns"]["identical"]
+
+
+def _percent_of_copy(side: speed.Record) -> float:
+    return 100 * side["copy_fraction"]
+
+
+FIRST, GRAPH = "first order, l2", "first order, l2, CUDA graph"
+STEP, NUCLEAR = "ResNet-18 training step", "nuclear norm"
+TARGETS = [
+    Target("ResNet-18: % of copy bandwidth", ">= 70", "difference", "resnet18", GRAPH, "fused", _percent_of_copy),
+    Target("ResNet-50: % of copy bandwidth", ">= 80", "difference", "resnet50", GRAPH, "fused", _percent_of_copy),
+    Target("ViT-B/16: % of copy bandwidth", ">= 85", "difference", "vit_b16", GRAPH, "fused", _percent_of_copy),
+    Target("eager / fused", ">= 20", "difference", "resnet18", FIRST, "eager", _ratio),
+    Target("compile(autograd) / fused", ">= 2.5", "difference", "resnet18", FIRST, "compile(autograd)", _ratio),
+    Target("compile(in place) / fused, graphs", ">= 1.2", "difference", "resnet18", GRAPH, "compile(in place)", _ratio),
+    Target("replays with the same bits", "1000", "graphs", "resnet18", GRAPH, "fused", _identical),
+    Target("step with / without penalty", "<= 1.02", "step", "resnet18", STEP, "fused", _ratio),
+    Target("nuclear norm, ms", "<= 1", "nuclear", "resnet18", NUCLEAR, TRITON, lambda side: side["ms"]["median"]),
+    Target("svd / nuclear", ">= 100", "nuclear", "resnet18", NUCLEAR, "svd", _ratio),
+    Target("eigh / nuclear", ">= 30", "nuclear", "resnet18", NUCLEAR, "eigh", _ratio),
+    Target("CuPy's batched eigh / nuclear", ">= 4", "nuclear", "resnet18", NUCLEAR, "cupy syevd", _ratio),
+]
+
+
+def summary(out: Path) -> Table:
+    """The figures to show beside what was measured; empty where it was not."""
+    return Table(["figure", "wanted", "measured"], [[t.what, t.wanted, t.read(out)] for t in TARGETS])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The tensors of a case, their state before a call, and what they hold after it compared with float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from harness import Unavailable
+from own_process import Call, OwnProcess
+from timing import Run, cache_bytes
+from torch import Tensor, nn
+from weight_sets import WeightSet, free_bytes
+
+MOST_COPIES = 8
+MOST_SHARED = 1 << 30  # bytes of weights and gradients
+MOST_KNOWN = 1 << 27  # entries whose float64 gradients are kept (1 GiB); those of larger sets are computed anew
+
+
+class Problem:
+    """Copies of a weight set, each with gradients, so many that three times the last cache is passed over in a call.
+
+    Args:
+        weight_set: shapes.
+        device, dtype: of the weights and gradients.
+        rotate: False for one copy, where the caches do not matter.
+        weights: with gradients; those of a model, in place of random ones.
+
+    Raises:
+        Unavailable: memory for weights, gradients and what the baselines allocate is not free.
+    """
+
+    def __init__(
+        self,
+        weight_set: WeightSet,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        rotate: bool = True,
+        weights: list[nn.Parameter] | None = None,
+    ) -> None:
+        self.weight_set, self.device, self.dtype = weight_set, device, dtype
+        self._reference: Callable[[Tensor], Tensor] | None = None
+        self._known: list[list[tuple[Tensor, Tensor]]] | None = None
+        self._scales: list[float] = []
+        self.shared = False
+        if weights is not None:
+            self.copies = [weights]
+            return
+        size = 2 * weight_set.parameters * dtype.itemsize
+        count = min(MOST_COPIES, -(-3 * cache_bytes(device) // size)) if rotate else 1
+        # Beside the weights and gradients: what eager autograd keeps and makes, half as much again as both.
+        needed, free = (2 * count + 3) * size // 2, free_bytes(device)
+        if needed > free:
+            raise Unavailable(f"{weight_set.title} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+        self.copies = [weight_set.allocate(device, dtype, seed) for seed in range(count)]
+        self.shared = device.type == "cpu" and size <= MOST_SHARED
+        if self.shared:
+            for weight in chain.from_iterable(self.copies):
+                weight.data.share_memory_()
+                weight.grad.share_memory_()
+
+    def expect(self, reference: Callable[[Tensor], Tensor]) -> None:
+        """Set the penalty that `errors` compares with: from one float64 weight to its value."""
+        self._reference, self._known = reference, None
+        # Gradients start as large as what is added to them, so that neither hides the other.
+        updates = (self._expected(0, i)[1] for i in range(len(self.copies[0])))
+        self._scales = [update.square().mean().sqrt().item() or 1.0 for update in updates]
+        if len(self.copies) * self.weight_set.parameters <= MOST_KNOWN:
+            self._known = [[self._expected(c, i) for i in range(len(w))] for c, w in enumerate(self.copies)]
+
+    def over_copies(self, call: Call) -> Callable[[], Run]:
+        """A builder of one call that runs ``call(weights)`` for every copy and returns the values as a list."""
+
+        def make() -> Run:
+            runs = [call(weights) for weights in self.copies]
+            return lambda: [run() for run in runs]
+
+        return make
+
+    def in_own_process(self, call: Call) -> Callable[[], Run]:
+        """`over_copies` in another process; ``call`` has to be picklable."""
+
+        def make() -> Run:
+            if not self.shared:
+                raise Unavailable("the weights are not in shared memory")
+            return OwnProcess(call, self.copies)
+
+        return make
+
+    def reset(self) -> None:
+        """Fill every gradient with the noise that `errors` expects to find it added to."""
+        for index, weights in enumerate(self.copies):
+            for i, weight in enumerate(weights):
+                self._fill(weight.grad, index, i)
+
+    def _fill(self, tensor: Tensor, copy: int, index: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(1000 * copy + index)
+        return tensor.normal_(0, self._scales[index], generator=generator)
+
+    def grads(self) -> list[Tensor]:
+        """Every gradient."""
+        return [weight.grad for weights in self.copies for weight in weights]
+
+    def _expected(self, copy: int, index: int) -> tuple[Tensor, Tensor]:
+        """(value, gradient) of one weight in float64."""
+        if self._known is not None:
+            return self._known[copy][index]
+        leaf = self.copies[copy][index].detach().double().requires_grad_()
+        value = self._reference(leaf)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    def errors(self, returned: Any, *, penalised: bool) -> dict[str, float]:
+        """Relative errors of the values a call returned and of the gradients it left; the largest over all tensors.
+
+        ``gradient`` is ``‖actual - expected‖ / ‖update‖``, ``largest entry`` the largest ``|actual - expected|`` over
+        ``|expected| + max |expected|``. Without ``penalised`` the update is the weight itself, and there is no value.
+        """
+        found = {"value": 0.0, "gradient": 0.0, "largest entry": 0.0}
+        for index, weights in enumerate(self.copies):
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for i, weight in enumerate(weights):
+                value, update = self._expected(index, i) if penalised else (0.0, weight.detach().double())
+                total += value
+                before = self._fill(torch.empty_like(weight), index, i).detach().double()
+                expected = before + update
+                wrong = weight.grad.double() - expected
+                found["gradient"] = _worst(found["gradient"], wrong.norm(), update.norm())
+                entries = wrong.abs() / (expected.abs() + expected.abs().max())
+                found["largest entry"] = _worst(found["largest entry"], entries.max(), 1.0)
+            if penalised:
+                found["value"] = _worst(found["value"], (returned[index].double() - total).abs(), total.abs())
+        if not penalised:
+            del found["value"]
+        return found
+
+
+def _worst(known: float, wrong: Tensor, scale: Tensor | float) -> float:
+    """The larger of ``known`` and ``wrong / scale``; 0/0 counts as 0, NaN stays."""
+    wrong, scale = float(wrong), float(scale)
+    error = 0.0 if wrong == 0 else wrong / scale if scale else float("inf")
+    return error if error != error or error > known else known

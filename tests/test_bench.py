@@ -1,0 +1,348 @@
+"""The benchmark refuses what is wrong, counts what it says it counts, and writes what the tables are made from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_path() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def bench(*arguments: str) -> int:
+    return module("bench").main(list(arguments))
+
+
+def only_case(path: Path) -> dict[str, Any]:
+    (case,) = json.loads(path.read_text())["cases"]
+    return case
+
+
+def sides_of(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {side["name"]: side for side in case["sides"]}
+
+
+# Weight sets
+
+
+@pytest.mark.parametrize(
+    "name, tensors, shapes, millions",
+    [("resnet18", 21, 12, 11.16), ("resnet50", 54, 21, 25.50), ("vit_b16", 50, 6, 86.29)],
+)
+def test_weight_sets_have_the_networks_totals(name: str, tensors: int, shapes: int, millions: float) -> None:
+    weights = module("weight_sets").WEIGHT_SETS[name]
+    assert (len(weights.shapes), len(set(weights.shapes))) == (tensors, shapes)
+    assert round(weights.parameters / 1e6, 2) == millions
+
+
+def test_largest_set_is_4_gib_of_float32() -> None:
+    assert 4 * module("weight_sets").WEIGHT_SETS["4gib"].parameters == 1 << 32
+
+
+def conv_and_linear(model: nn.Module) -> list[tuple[int, ...]]:
+    return sorted(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+
+
+def test_resnet18_is_that_of_the_recipes() -> None:
+    from smoothk.recipes.models import build
+
+    with torch.device("meta"):
+        model = build("resnet18", 10)
+    assert conv_and_linear(model) == sorted(module("weight_sets").WEIGHT_SETS["resnet18"].shapes)
+
+
+@pytest.mark.parametrize("name, factory", [("resnet50", "resnet50"), ("vit_b16", "vit_base_patch16_224")])
+def test_weight_sets_are_those_of_timm(name: str, factory: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it imports
+        timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(factory)
+    assert conv_and_linear(model) == sorted(module("weight_sets").WEIGHT_SETS[name].shapes)
+
+
+# Statistics and scales
+
+
+def test_spread_and_paired_ratio() -> None:
+    timing = module("timing")
+    assert timing.spread(range(11)) == {"median": 5, "p10": 1, "p90": 9}
+    # The machine slows down half-way: the paired ratio does not see it, the ratio of medians over all would.
+    assert timing.paired_ratio([2, 2, 2, 20, 20], [1, 1, 1, 10, 10]) == {"median": 2, "p10": 2, "p90": 2}
+
+
+def test_every_round_times_every_side_once_in_changing_order() -> None:
+    calls: list[str] = []
+    runs = {name: lambda name=name: (calls.append(name), time.sleep(2e-3)) for name in "abc"}
+    before = {"b": lambda: calls.append("before b")}
+    samples = module("timing").interleave(runs, CPU, samples=12, budget=60, before=before)
+    assert all(len(s.seconds) == len(s.page_faults) == 12 and min(s.seconds) >= 2e-3 for s in samples.values())
+    timed = [name for name in calls[-48:]]
+    rounds = [[name for name in timed[i : i + 4] if len(name) == 1] for i in range(0, 48, 4)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(map(tuple, rounds))) > 1
+    assert all(timed[i - 1] == "before b" for i, name in enumerate(timed) if name == "b")
+
+
+def test_sampling_ends_with_its_budget() -> None:
+    samples = module("timing").interleave({"slow": lambda: time.sleep(0.01)}, CPU, samples=1000, budget=0.02)
+    assert 3 <= len(samples["slow"].seconds) < 10
+
+
+@pytest.mark.parametrize("mebibytes", [0, 8, 40])
+def test_peak_memory_is_what_is_held_at_once(mebibytes: int) -> None:
+    def run() -> None:
+        for _ in range(3):  # one after another: the peak is that of one
+            torch.ones(mebibytes << 18).sum()
+
+    run()
+    found = module("timing").peak_extra_bytes(run, CPU)
+    assert mebibytes << 20 <= found["peak_extra_bytes"] < (mebibytes << 20) + 1000
+
+
+def test_memory_that_is_not_torchs_shows_in_the_resident_set() -> None:
+    found = module("timing").peak_extra_bytes(lambda: np.ones(5 << 20), CPU)  # 40 MiB
+    assert found["peak_extra_bytes"] == 0 and found["resident_growth_bytes"] > 39 << 20
+
+
+# The gate
+
+
+def wrong(scale: float = 1.0, shift: float = 0.0, write: bool = True) -> Callable[..., Any]:
+    """A stand-in for `_foreach` that is right but for a factor on one gradient and something added to the value."""
+    difference = module("entries.difference")
+
+    def make(penalty: Any, weights: list[nn.Parameter]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            grads = [w.grad if write else w.grad.clone() for w in weights]
+            before = grads[0].clone()
+            value = difference.in_place(penalty, [w.detach() for w in weights], grads)
+            grads[0].copy_(before + scale * (grads[0] - before))
+            return value + shift
+
+        return run
+
+    return make
+
+
+def raising(penalty: Any, weights: list[nn.Parameter]) -> Callable[[], Tensor]:
+    raise RuntimeError("no such luck\nand a second line")
+
+
+@pytest.mark.parametrize(
+    "side, reason",
+    [
+        ({"scale": 1.001}, "gradient error"),
+        ({"scale": math.nan}, "gradient error nan"),
+        ({"shift": 1e-3}, "value error"),
+        ({"shift": math.nan}, "value error nan"),
+        ({"write": False}, "gradient error"),
+        (None, "RuntimeError: no such luck"),
+    ],
+    ids=str,
+)
+def test_a_wrong_side_is_red_and_not_timed(
+    side: dict[str, Any] | None, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(module("entries.difference"), "_foreach", raising if side is None else wrong(**side))
+    arguments = ["difference", "--set", "odd", "--orders", "first", "--samples", "3", "--sides", "foreach", "floor"]
+    assert bench(*arguments, "--without", "own process", "--out", str(tmp_path)) == 1
+    sides = sides_of(only_case(tmp_path / "difference-odd-cpu.json"))
+    assert sides["foreach"]["status"] == "red" and "ms" not in sides["foreach"]
+    assert reason in sides["foreach"]["reason"] and "second line" not in sides["foreach"]["reason"]
+    assert sides["floor: grad.add_(w)"]["status"] == "timed"
+    assert "RED: " + sides["foreach"]["reason"] in capsys.readouterr().out
+
+
+def test_the_stand_in_is_right_without_its_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module("entries.difference"), "_foreach", wrong())
+    assert bench("difference", "--set", "odd", "--gate-only", "--sides", "foreach", "--without", "own process") == 0
+
+
+def test_reruns_with_other_bits_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    difference, calls = module("entries.difference"), []
+
+    def unsteady(penalty: Any, name: str | None, weights: list[nn.Parameter]) -> Callable[[], Tensor]:
+        run = difference._foreach(penalty, weights)
+        return lambda: (calls.append(0), run() * (1 + 2.0**-23 * (len(calls) > 20)))[1]
+
+    monkeypatch.setattr(difference, "_smoothk", unsteady)
+    arguments = ["difference", "--set", "odd", "--orders", "first", "--gate-only", "--sides", "fused", "--reruns", "10"]
+    assert bench(*arguments, "--without", "autograd", "--out", str(tmp_path)) == 1
+    reruns = sides_of(only_case(tmp_path / "difference-odd-cpu.json"))["fused"]["reruns"]
+    assert reruns["count"] == 10 and 0 < reruns["identical"] < 10
+
+
+PENALTIES = [
+    (norm, normalized, dim)
+    for norm in ("l2", "l1", "l21", "huber")
+    for normalized in (False, True)
+    for dim in ((0,), (1,), (0, 2, 3))
+]
+
+
+@pytest.mark.parametrize("orders", ["first", "second", "both"])
+def test_baselines_are_right_for_every_penalty(orders: str) -> None:
+    difference, harness = module("entries.difference"), module("harness")
+    problem = module("problem").Problem(module("weight_sets").WEIGHT_SETS["odd"], CPU, torch.float64, rotate=False)
+    for norm, normalized, dim in PENALTIES:
+        penalty = difference.Penalty(difference.COEFFICIENTS[orders], dim, norm, normalized)
+        case = difference.case(problem, orders, penalty)
+        sides = {side.name: side for side in case.sides}
+        in_place = problem.over_copies(
+            lambda weights, penalty=penalty: (
+                lambda: difference.in_place(penalty, [w.detach() for w in weights], [w.grad for w in weights])
+            )
+        )
+        sides["in place"] = harness.Side("in place", in_place, sides["eager"].check)
+        for name in ("fused", "eager", "foreach", "in place", "floor: grad.add_(w)"):
+            record, _ = harness.gate(sides[name], case)
+            expected = (
+                "skipped" if name == "foreach" and penalty != difference.Penalty(penalty.coefficients) else "green"
+            )
+            assert record["status"] == expected, (case.name, record)
+
+
+# Results
+
+
+def test_difference_is_measured_written_and_drawn(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["difference", "--set", "odd", "--orders", "first", "--samples", "4", "--reruns", "3", "--threads", "1"]
+    assert bench(*arguments, "--sides", "fused", "eager", "floor", "--out", str(tmp_path)) == 0
+    result = json.loads((tmp_path / "difference-odd-cpu.json").read_text())
+    assert result["schema"] == 1 and result["provenance"]["machine"]["threads"] == 1
+    assert set(result["provenance"]) >= {"date", "machine", "versions", "git"} and "triton" in result["build"]
+    assert result["set"] == {"name": "odd", "title": "odd shapes", "tensors": 9, "parameters": 6247}
+    assert [case["name"] for case in result["cases"]] == ["first order, l2"]
+    for case in result["cases"]:
+        sides = sides_of(case)
+        assert set(sides) == {"fused", "fused, autograd", "eager", "eager, own process", "floor: grad.add_(w)"}
+        assert case["baseline"] == "fused" and case["bytes"] == 12 * 6247
+        assert sides["fused"]["ratio"] == {"median": 1, "p10": 1, "p90": 1}
+        assert sides["fused"]["reruns"] == {"count": 3, "identical": 3}
+        for side in sides.values():
+            assert side["status"] == "timed" and len(side["samples_ms"]) == 4
+            assert side["ms"]["p10"] <= side["ms"]["median"] <= side["ms"]["p90"]
+            assert all(error <= case["tolerances"][name] for name, error in side["errors"].items())
+            assert side["peak_extra_bytes"] >= 0
+        eager, fused = sides["eager"], sides["fused"]
+        quotients = sorted(a / b for a, b in zip(eager["samples_ms"], fused["samples_ms"], strict=True))
+        assert quotients[0] <= eager["ratio"]["median"] <= quotients[-1]
+    assert (tmp_path / "difference-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "3 of 3 reruns identical" in capsys.readouterr().out
+
+
+def test_nuclear_is_checked_on_slow_spectra_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nuclear = module("entries.nuclear")
+    arguments = ["nuclear", "--set", "odd", "--samples", "3", "--out", str(tmp_path)]
+    assert bench(*arguments) == 0
+    sides = sides_of(only_case(tmp_path / "nuclear-odd-cpu.json"))
+    assert set(sides) == {"auto", "svd", "eigh", "gram", "polar"}
+    assert all(set(side["errors"]) == set(nuclear.TOLERANCES) for side in sides.values())
+    # Right for random weights, wrong where singular values are small.
+    monkeypatch.setattr(nuclear, "_resolved", lambda s, shape: (s > 0.02 * s.amax(-1, keepdim=True)).unsqueeze(-2))
+    assert bench(*arguments, "--sides", "svd", "auto") == 1
+    svd = sides_of(only_case(tmp_path / "nuclear-odd-cpu.json"))["svd"]
+    assert svd["status"] == "red" and svd["reason"].startswith("gradient on spectra")
+
+
+def test_step_measures_the_overhead(tmp_path: Path) -> None:
+    assert bench("step", "--samples", "3", "--batch", "2", "--out", str(tmp_path)) == 0
+    whole, alone = json.loads((tmp_path / "step-resnet18-cpu.json").read_text())["cases"]
+    assert whole["baseline"] == "none" and set(sides_of(whole)) == {"none", "fused", "eager"}
+    assert alone["baseline"] == "fused" and sides_of(alone)["eager"]["ratio"]["median"] > 1
+
+
+def test_what_does_not_fit_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(module("problem"), "free_bytes", lambda device: 1 << 30)
+    assert bench("difference", "nuclear", "step", "--set", "4gib") == 0
+    printed = capsys.readouterr().out
+    assert "difference, 4 GiB, float32, cpu: skipped, 4 GiB needs 20.0 GiB, 1.0 GiB are free" in printed
+    assert "nuclear, 4 GiB, float32, cpu: skipped" in printed and "step, 4 GiB, float32, cpu: skipped" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["differences"], "entry must be one of difference, nuclear, step"), (["--set", "vgg"], "invalid choice")],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench(*arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+# The GPU's command, as far as it goes without one
+
+
+def test_gpu_plan_is_bounded_and_made_of_valid_commands(capsys: Any) -> None:
+    gpu, parser = module("gpu"), module("bench").build_parser()
+    assert gpu.main(["--dry-run", "--out", "unused"]) == 0
+    printed = capsys.readouterr().out
+    for part, commands in gpu.PARTS.items():
+        assert commands and part in printed
+        for command in commands:
+            assert 0 < command.minutes <= 10
+            if command.arguments != ("ceilings",):
+                assert parser.parse_args(command.arguments).entries[0] in module("bench").ENTRIES
+
+
+def test_gpu_commands_are_killed_at_their_limit() -> None:
+    gpu = module("gpu")
+    start = time.perf_counter()
+    assert gpu.call([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) is None
+    assert time.perf_counter() - start < 10
+    assert gpu.call([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
+
+
+@pytest.mark.parametrize("status, calls", [(0, 1), (1, 1), (3, 2), (-11, 2), (None, 2)])
+def test_gpu_baselines_are_measured_where_a_kernel_breaks(
+    status: int | None, calls: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu, commands = module("gpu"), []
+    monkeypatch.setattr(gpu, "call", lambda command, seconds: (commands.append(command), status)[1])
+    assert gpu.main(["--device", "cpu", "--only", "step", "--out", str(tmp_path)]) == (status != 0)
+    log = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(commands) == len(log) == calls
+    assert log[0]["status"] == ("timeout" if status is None else status) and str(tmp_path) not in json.dumps(log)
+    assert calls == 1 or log[1]["command"].endswith("--without fused triton")
+
+
+def test_gpu_ceilings_and_summary(tmp_path: Path, capsys: Any) -> None:
+    gpu = module("gpu")
+    assert gpu.main(["--device", "cpu", "--only", "ceilings", "--out", str(tmp_path)]) == 0
+    ceilings = json.loads((tmp_path / "ceilings.json").read_text())
+    assert ceilings["copy_bytes_per_second"] > 0 and ceilings["matmul_flops_per_second"] > 0
+    sides = [
+        {"name": "fused", "status": "timed", "ratio": {"median": 1.0}, "copy_fraction": 0.83},
+        {"name": "compile(in place)", "status": "red", "reason": "wrong"},
+    ]
+    (tmp_path / "difference").mkdir()
+    result = {"cases": [{"name": "first order, l2, CUDA graph", "sides": sides}]}
+    (tmp_path / "difference" / "difference-resnet18-cuda.json").write_text(json.dumps(result))
+    measured = {row[0]: row[2] for row in gpu.summary(tmp_path).rows}
+    assert measured["ResNet-18: % of copy bandwidth"] == pytest.approx(83)
+    assert measured["compile(in place) / fused, graphs"] == "red: wrong"
+    assert measured["ViT-B/16: % of copy bandwidth"] is None
