@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python benchmarks/gpu.py --out DIR [--only check ceilings difference graphs step nuclear] [--dry-run]
 
-Not yet run on a GPU. It runs in a checkout as it is; CuPy is used where it is installed. The kernels are compared with float64 first. Every command of a part is a process of its own with
-a time limit, so that a kernel that hangs or breaks the device costs that command and not the run; where that happens,
-the command is repeated without smoothk's kernels, for the baselines. Results lie in DIR as soon as they are measured,
-``gpu.json`` says what became of each command, and the summary at the end can be had again with ``--only summary``.
+Not yet run on a GPU. A checkout will do, installed or not; CuPy is used where it is installed. The kernels are compared
+with float64 first. Every command of a part is a process of its own with a time limit, so that a kernel that hangs or
+breaks the device costs that command and not the run; where that happens, the command is repeated without smoothk's
+kernels, for the baselines. Results lie in DIR as soon as they are measured, ``gpu.json`` says what became of each
+command, and the summary at the end can be had again with ``--only summary``.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weight_sets import WeightSet, free_bytes
 
 MOST_COPIES = 8
+NOISE = 0.1  # what gradients start from, relative to what is added: a call that overwrites them is red
 MOST_SHARED = 1 << 30  # bytes of weights and gradients
 MOST_KNOWN = 1 << 27  # entries whose float64 gradients are kept (1 GiB); those of larger sets are computed anew
 
@@ -64,9 +65,8 @@ class Problem:
     def expect(self, reference: Callable[[Tensor], Tensor]) -> None:
         """Set the penalty that `errors` compares with: from one float64 weight to its value."""
         self._reference, self._known = reference, None
-        # Gradients start as large as what is added to them, so that neither hides the other.
         updates = (self._expected(0, i)[1] for i in range(len(self.copies[0])))
-        self._scales = [update.square().mean().sqrt().item() or 1.0 for update in updates]
+        self._scales = [NOISE * update.square().mean().sqrt().item() or 1.0 for update in updates]
         if len(self.copies) * self.weight_set.parameters <= MOST_KNOWN:
             self._known = [[self._expected(c, i) for i in range(len(w))] for c, w in enumerate(self.copies)]
 
@@ -114,7 +114,7 @@ class Problem:
     def errors(self, returned: Any, *, penalised: bool) -> dict[str, float]:
         """Relative errors of the values a call returned and of the gradients it left; the largest over all tensors.
 
-        ``gradient`` is ``‖actual - expected‖ / ‖update‖``, ``largest entry`` the largest ``|actual - expected|`` over
+        ``gradient`` is ``‖actual - expected‖ / ‖expected‖``, ``largest entry`` the largest ``|actual - expected|`` over
         ``|expected| + max |expected|``. Without ``penalised`` the update is the weight itself, and there is no value.
         """
         found = {"value": 0.0, "gradient": 0.0, "largest entry": 0.0}
@@ -126,7 +126,7 @@ class Problem:
                 before = self._fill(torch.empty_like(weight), index, i).detach().double()
                 expected = before + update
                 wrong = weight.grad.double() - expected
-                found["gradient"] = _worst(found["gradient"], wrong.norm(), update.norm())
+                found["gradient"] = _worst(found["gradient"], wrong.norm(), expected.norm())
                 entries = wrong.abs() / (expected.abs() + expected.abs().max())
                 found["largest entry"] = _worst(found["largest entry"], entries.max(), 1.0)
             if penalised:
