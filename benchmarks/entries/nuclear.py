@@ -13,7 +13,6 @@ from timing import Run
 from torch import Tensor, nn
 
 import smoothk
-from smoothk import reference
 from smoothk.unfolding import matrix_shape
 
 NAME = "nuclear"
@@ -75,9 +74,8 @@ def _calls(device: torch.device) -> dict[str, Call]:
 
 
 def _reference(weight: Tensor) -> Tensor:
-    """The penalty of one float64 weight, coefficient included: the plain definition."""
-    matrix = weight if weight.dim() > 1 else weight.reshape(1, -1)
-    return COEFFICIENT * reference.nuclear_norm([matrix], method="svd")
+    """The penalty of one float64 weight, coefficient included, by torch's own SVD."""
+    return COEFFICIENT * torch.linalg.matrix_norm(_matrix(weight), ord="nuc")
 
 
 def _spectra(shapes: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[nn.Parameter, float, Tensor]]:
