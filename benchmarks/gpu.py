@@ -27,26 +27,25 @@ import speed
 import torch
 from bench import DEVICE_LOST
 from entries.nuclear import TRITON
-from timing import copy, interleave, matmul_rate, spread
 
 from smoothk.checkpoint import atomic_write
-from smoothk.recipes.provenance import stamp
 from smoothk.report import Table
 
-BENCH = Path(__file__).resolve().parent / "bench.py"
+HERE = Path(__file__).resolve().parent
 OURS = ("fused", "triton")  # sides that a repetition leaves out
 
 
 @dataclass(frozen=True)
 class Command:
-    """One call of bench.py, or of this script, and the minutes it may take."""
+    """One call of a script beside this one, and the minutes it may take."""
 
+    script: str
     arguments: tuple[str, ...]
     minutes: float
 
 
 def _bench(text: str, minutes: float) -> Command:
-    return Command(tuple(text.split()), minutes)
+    return Command("bench.py", tuple(text.split()), minutes)
 
 
 PARTS: dict[str, list[Command]] = {
@@ -59,7 +58,7 @@ PARTS: dict[str, list[Command]] = {
             8,
         ),
     ],
-    "ceilings": [_bench("ceilings", 2)],
+    "ceilings": [Command("ceilings.py", (), 2)],
     "difference": [
         _bench("difference --set resnet18 --budget 20", 8),
         _bench("difference --set vit_b16 --orders first both --budget 20", 8),
@@ -88,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the command under way
     bad = False
     for part, commands in plan.items():
         for command in commands:
@@ -99,17 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan_table(plan: dict[str, list[Command]]) -> Table:
     """What would run, and for how long at most."""
-    rows = [[part, " ".join(c.arguments), c.minutes] for part, commands in plan.items() for c in commands]
+    rows = [[part, " ".join((c.script, *c.arguments)), c.minutes] for part, commands in plan.items() for c in commands]
     return Table(["part", "command", "minutes"], [*rows, ["", "all", sum(row[2] for row in rows)]], {"minutes": "g"})
 
 
 def run(part: str, command: Command, args: argparse.Namespace) -> int:
-    """Run one command, log it, and repeat it without smoothk's kernels if they broke it; its exit status."""
-    if command.arguments == ("ceilings",):
-        measure_ceilings(args.out, torch.device(args.device))
-        return 0
+    """Run one command and, if smoothk's kernels broke it, run it without them; its exit status, 1 for a timeout."""
     status = _logged(part, command, args, args.out / part)
-    if status is None or status < 0 or status == DEVICE_LOST:
+    if command.script == "bench.py" and (status is None or status < 0 or status == DEVICE_LOST):
         _logged(part, command, args, args.out / f"{part}-baselines", without=OURS)
     return 1 if status is None else status
 
@@ -117,14 +112,15 @@ def run(part: str, command: Command, args: argparse.Namespace) -> int:
 def _logged(
     part: str, command: Command, args: argparse.Namespace, out: Path, without: Sequence[str] = ()
 ) -> int | None:
-    """`call` of bench.py, with its outcome added to gpu.json."""
+    """`call`, with its outcome added to gpu.json."""
     arguments = [*command.arguments, "--device", args.device, *(["--without", *without] if without else [])]
-    print(f"\n=== {part}: {' '.join(arguments)} (at most {command.minutes:g} min)", flush=True)
+    shown = " ".join([command.script, *arguments])
+    print(f"\n=== {part}: {shown} (at most {command.minutes:g} min)", flush=True)
     start = time.perf_counter()
-    status = call([sys.executable, str(BENCH), *arguments, "--out", str(out)], 60 * command.minutes)
+    status = call([sys.executable, str(HERE / command.script), *arguments, "--out", str(out)], 60 * command.minutes)
     entry = {
         "part": part,
-        "command": " ".join(arguments),
+        "command": shown,
         "status": "timeout" if status is None else status,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -147,24 +143,6 @@ def call(command: Sequence[str], seconds: float) -> int | None:
         raise
 
 
-def measure_ceilings(out: Path, device: torch.device) -> None:
-    """Copy bandwidth and the rate of a bfloat16 product, the denominators of everything else, into ceilings.json."""
-    cuda = device.type == "cuda"
-    size, side = (2 << 30, 8192) if cuda else (64 << 20, 512)
-    seconds = spread(interleave({"copy": copy(device, size)}, device, samples=20, budget=20)["copy"].seconds)["median"]
-    result = {
-        "device": device.type,
-        "copy_bytes": size,
-        "copy_bytes_per_second": 2 * size / seconds,
-        "matmul_size": side,
-        "matmul_flops_per_second": matmul_rate(device, side),
-        "provenance": stamp(),
-    }
-    atomic_write(out / "ceilings.json", json.dumps(result, indent=1).encode() + b"\n")
-    print(f"copy {result['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written, ", end="")
-    print(f"bfloat16 product {result['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s", flush=True)
-
-
 @dataclass(frozen=True)
 class Target:
     """A figure to show: one number of one side in a case of a result of a part."""
@@ -181,7 +159,9 @@ class Target:
         """The number, why there is none, or None where nothing has been measured."""
         for path in (out / self.part).glob(f"*-{self.weights}-*.json"):
             result = json.loads(path.read_text())
-            cases = [case for case in result["cases"] if case["name"].startswith(self.case)]
+            if result["dtype"] != "float32":
+                continue
+            cases = [case for case in result["cases"] if case["name"] == self.case]
             for side in (side for case in cases for side in case["sides"] if side["name"] == self.side):
                 try:
                     return self.number(side)
@@ -203,7 +183,8 @@ def _percent_of_copy(side: speed.Record) -> float:
 
 
 FIRST, GRAPH = "first order, l2", "first order, l2, CUDA graph"
-STEP, NUCLEAR = "ResNet-18 training step", "nuclear norm"
+STEP, STEP_GRAPH = "ResNet-18 training step, batch 128", "ResNet-18 training step, batch 128, CUDA graph"
+NUCLEAR = "nuclear norm"
 TARGETS = [
     Target("ResNet-18: % of copy bandwidth", ">= 70", "difference", "resnet18", GRAPH, "fused", _percent_of_copy),
     Target("ResNet-50: % of copy bandwidth", ">= 80", "difference", "resnet50", GRAPH, "fused", _percent_of_copy),
@@ -213,6 +194,7 @@ TARGETS = [
     Target("compile(in place) / fused, graphs", ">= 1.2", "difference", "resnet18", GRAPH, "compile(in place)", _ratio),
     Target("replays with the same bits", "1000", "graphs", "resnet18", GRAPH, "fused", _identical),
     Target("step with / without penalty", "<= 1.02", "step", "resnet18", STEP, "fused", _ratio),
+    Target("the same in a graph", "<= 1.02", "step", "resnet18", STEP_GRAPH, "fused", _ratio),
     Target("nuclear norm, ms", "<= 1", "nuclear", "resnet18", NUCLEAR, TRITON, lambda side: side["ms"]["median"]),
     Target("svd / nuclear", ">= 100", "nuclear", "resnet18", NUCLEAR, "svd", _ratio),
     Target("eigh / nuclear", ">= 30", "nuclear", "resnet18", NUCLEAR, "eigh", _ratio),
@@ -226,4 +208,5 @@ def summary(out: Path) -> Table:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the command under way
     sys.exit(main())

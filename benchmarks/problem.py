@@ -123,7 +123,7 @@ class Problem:
             for i, weight in enumerate(weights):
                 value, update = self._expected(index, i) if penalised else (0.0, weight.detach().double())
                 total += value
-                before = self._fill(torch.empty_like(weight), index, i).detach().double()
+                before = self._fill(torch.empty_like(weight.grad), index, i).detach().double()
                 expected = before + update
                 wrong = weight.grad.double() - expected
                 found["gradient"] = _worst(found["gradient"], wrong.norm(), expected.norm())

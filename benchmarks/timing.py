@@ -112,7 +112,7 @@ def _calls(run: Run | Elsewhere, device: torch.device, once: bool) -> int:
     if once:
         return 1
     goal = 5e-3 if device.type == "cuda" else 1e-3
-    return min(20, max(1, round(goal / sample(run, device)[0])))
+    return min(20, max(1, round(goal / max(sample(run, device)[0], 1e-9))))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -201,10 +201,3 @@ def copy(device: torch.device, size: int) -> Run:
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def matmul_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Floating-point operations per second of one square product of random matrices."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = interleave({"matmul": lambda: a @ b}, device, samples=20, budget=20)["matmul"].seconds
-    return 2 * size**3 / spread(seconds)["median"]

@@ -62,14 +62,14 @@ def cases(options: Any) -> Iterator[Case]:
 
 def _calls(device: torch.device) -> dict[str, Call]:
     calls: dict[str, Call] = {
-        "auto": _penalty,
+        "auto": partial(_penalty, "auto", None),
         "svd": partial(_loop, _svd),
         "eigh": partial(_loop, _eigh),
-        "gram": partial(_method, "gram", None),
-        "polar": partial(_method, "polar", None),
+        "gram": partial(_penalty, "gram", None),
+        "polar": partial(_penalty, "polar", None),
     }
     if device.type == "cuda":
-        calls |= {TRITON: partial(_method, "polar", "triton"), "cupy syevd": _cupy}
+        calls |= {TRITON: partial(_penalty, "polar", "triton"), "cupy syevd": _cupy}
     return calls
 
 
@@ -112,17 +112,9 @@ def _errors(
     return {**errors, "value on spectra": worst[0], "gradient on spectra": worst[1]}
 
 
-def _penalty(weights: Sequence[nn.Parameter]) -> Run:
-    return smoothk.SmoothnessPenalty(weights, first_order=0.0, nuclear=COEFFICIENT).accumulate_grad
-
-
-def _method(method: str, backend: str | None, weights: Sequence[nn.Parameter]) -> Run:
-    def run() -> Tensor:
-        value = COEFFICIENT * smoothk.nuclear_norm(weights, method=method, backend=backend)
-        value.backward()
-        return value.detach()
-
-    return run
+def _penalty(method: str, backend: str | None, weights: Sequence[nn.Parameter]) -> Run:
+    options = {"first_order": 0.0, "nuclear": COEFFICIENT, "method": method, "backend": backend}
+    return smoothk.SmoothnessPenalty(weights, **options).accumulate_grad
 
 
 def _loop(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Sequence[nn.Parameter]) -> Run:
