@@ -341,3 +341,13 @@ def gathered_terms(weights: Sequence[DTensor], evaluate: Callable[[Tensor], Tens
     right away, so that only shards of gradients stay.
     """
     return _apply(_Gathered(weights, evaluate, _wants_gradient(weights)), weights)
+
+
+@_not_compiled
+def polar_factor(
+    weight: DTensor, evaluate: Callable[[list[Tensor]], list[tuple[Tensor, Tensor]]]
+) -> tuple[Tensor, DTensor]:
+    """`smoothk.functional.polar_factors`, which is ``evaluate``, of one DTensor, gathered for it."""
+    ((value, factor),) = evaluate([weight.detach().full_tensor()])
+    layout = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
+    return value, DTensor.from_local(_own_shard(factor, weight), weight.device_mesh, weight.placements, **layout)

@@ -296,6 +296,31 @@ def nuclear_norm(
     return _sum_over_kinds(tensors, 1, values_of)[0]
 
 
+def polar_factors(
+    weights: Sequence[Tensor], *, unfolding: str, method: str, backend: str | None
+) -> list[tuple[Tensor, Tensor]]:
+    """``‖W‖_*`` and its gradient U Vᵀ, in at least float32, of every weight, detached.
+
+    Arguments are taken as checked. Of a DTensor the factor is a DTensor placed alike.
+    """
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices in _by_kind(weights):
+        group = [weights[i].detach() for i in indices]
+        if is_dtensor(group[0]):
+            from . import distributed
+
+            one = partial(polar_factors, unfolding=unfolding, method=method, backend=backend)
+            results |= {i: distributed.polar_factor(weights[i], one) for i in indices}
+            continue
+        _backend.choose("nuclear_norm", backend, group)
+        with _no_autocast(group):
+            matrices = [_at_least_2d(weight) for weight in group]
+            values, factors = getattr(torch.ops, ops.TORCH).polar_factors(matrices, unfolding, method)
+        for i, weight, value, factor in zip(indices, group, values, factors, strict=True):
+            results[i] = value, factor.view_as(weight)
+    return [results[i] for i in range(len(weights))]
+
+
 def _at_least_2d(weight: Tensor) -> Tensor:
     return weight if weight.dim() > 1 else weight.reshape(1, -1)
 

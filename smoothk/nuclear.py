@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_norm
-from .reference import compute_dtype
+from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_norm, polar_factors
 
 Weights = dict[str, Tensor]
 
@@ -46,19 +45,30 @@ class NuclearTerm:
 
     def accumulate(self, weights: Weights, grads: Weights, coefficient: Tensor) -> Tensor:
         """Add ``coefficient`` times the term's gradient into ``grads``; returns the term without it."""
-        factors = self._polar_factors(weights)
+        shared = self._polar_factors(weights)
         # One weight at a time needs the memory of one factor; only "polar" gains from many at once.
         groups = [weights] if self.options["method"] == "polar" else [{name: w} for name, w in weights.items()]
         total = torch.zeros((), dtype=torch.float64, device=coefficient.device)
         for group in groups:
-            with torch.enable_grad():
-                leaves = {name: weight.detach().requires_grad_() for name, weight in group.items()}
-                value = self._value(leaves, factors)
-            gradients = torch.autograd.grad(value, leaves.values(), coefficient.to(value.device, value.dtype))
-            for name, gradient in zip(group, gradients, strict=True):
-                grads[name].add_(gradient)
-            total = total + value.detach().to(total.device)
+            computed = () if shared else polar_factors(list(group.values()), **self.options)
+            pairs = dict(zip(group, computed, strict=False))
+            for name, weight in group.items():
+                value, factor = pairs.get(name) or (_along(weight, shared[name]), shared[name])
+                total = total + self._add(grads[name], weight, value, factor, coefficient).to(total.device)
         return total
+
+    def _add(self, grad: Tensor, weight: Tensor, value: Tensor, factor: Tensor, coefficient: Tensor) -> Tensor:
+        """Add the gradient of one weight's term, whose value is returned."""
+        coefficient = coefficient.to(value.device, value.dtype)
+        if not self.normalized:
+            grad.add_(factor * coefficient)
+            return value
+        # d(N / |W|) = N' / |W| - N W / |W|^3
+        squares, norm = self._frobenius(weight, value.dtype)
+        value = value / norm
+        grad.add_(factor * (coefficient / norm))
+        grad.sub_(weight.detach().to(value.dtype) * (coefficient * value / squares))
+        return value
 
     def _value(self, weights: Weights, factors: Weights) -> Tensor:
         if not (self.normalized or factors):
@@ -67,15 +77,15 @@ class NuclearTerm:
         return sum(self._value_of(weight, factors.get(name)).to(device) for name, weight in weights.items())
 
     def _value_of(self, weight: Tensor, factor: Tensor | None) -> Tensor:
-        if factor is None:
-            value = nuclear_norm(weight, **self.options)
-        else:
-            value = _whole((local_part(weight).to(factor.dtype) * local_part(factor)).sum(), weight)
-        if not self.normalized:
-            return value
-        squares = _whole(local_part(weight).to(value.dtype).square().sum(), weight)
-        zero = squares == 0  # not `> 0`: a NaN has to come through
-        return torch.where(zero, 0, value / torch.where(zero, 1, squares).sqrt())
+        value = nuclear_norm(weight, **self.options) if factor is None else _along(weight, factor)
+        return value / self._frobenius(weight, value.dtype)[1] if self.normalized else value
+
+    @staticmethod
+    def _frobenius(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``‖W‖²`` and ``‖W‖`` to divide by: 1 for a zero weight, whose nuclear norm is 0."""
+        squares = _whole(local_part(weight).to(dtype).square().sum(), weight)
+        squares = torch.where(squares == 0, 1, squares)  # not `> 0`: a NaN has to come through
+        return squares, squares.sqrt()
 
     def _polar_factors(self, weights: Weights) -> Weights:
         """Those of a call before, as long as they are of these weights and young enough; none where none are shared."""
@@ -86,16 +96,16 @@ class NuclearTerm:
             for name, weight in weights.items()
         )
         if not fits or self._uses == self.every:
-            self._factors = {name: self._polar_factor(weight) for name, weight in weights.items()}
+            pairs = polar_factors(list(weights.values()), **self.options)
+            self._factors = {name: factor for name, (_, factor) in zip(weights, pairs, strict=True)}
             self._uses = 0
         self._uses += 1
         return self._factors
 
-    def _polar_factor(self, weight: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = weight.detach().to(compute_dtype(weight.dtype)).requires_grad_()
-            value = nuclear_norm(leaf, **self.options)
-        return torch.autograd.grad(value, leaf)[0]
+
+def _along(weight: Tensor, factor: Tensor) -> Tensor:
+    """``<W, X>``."""
+    return _whole((local_part(weight).to(factor.dtype) * local_part(factor)).sum(), weight)
 
 
 def _whole(value: Tensor, weight: Tensor) -> Tensor:

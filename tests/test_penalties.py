@@ -418,10 +418,11 @@ def test_parameters_that_are_replaced_are_followed() -> None:
         penalty()
 
 
+@pytest.mark.parametrize("options", [{"nuclear": 0.0}, {}, {"normalized": True}, {"method": "polar"}], ids=str)
 @pytest.mark.parametrize("way", ["forward", "accumulate_grad"])
-def test_a_compiled_step_has_no_graph_break_and_a_new_scale_compiles_nothing(way: str) -> None:
+def test_a_compiled_step_has_no_graph_break_and_a_new_scale_compiles_nothing(way: str, options: dict) -> None:
     model = small_model(torch.float32)
-    penalty = SmoothnessPenalty(model, first_order=0.5, second_order=0.25)
+    penalty = SmoothnessPenalty(model, **{**ALL_TERMS, **options})
     counter = CompileCounter()
 
     def step() -> Tensor:
