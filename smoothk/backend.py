@@ -24,12 +24,16 @@ NAMES = ("torch", "cpp", "triton", "cuda")
 
 # Backends that implement each op, fastest first.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "difference_penalty": ("cpp", "torch"),
+    "difference_penalty": ("triton", "cpp", "torch"),
     "nuclear_norm": ("torch",),
     "low_rank_conv": ("torch",),
 }
 
+# Not yet run on a GPU: taken only where asked for by name.
+UNVERIFIED = {("difference_penalty", "triton")}
+
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 
 _lock = threading.RLock()
 _reasons: dict[str, str | None] = {"torch": None}  # backend -> why it is missing, None where it is there
@@ -48,9 +52,14 @@ def unavailable_reason(name: str) -> str | None:
     return _reasons[name]
 
 
+def triton_device() -> str:
+    """Type of the device whose tensors Triton's kernels take: ``"cuda"``, or ``"cpu"`` in Triton's interpreter."""
+    return "cpu" if importlib.import_module("triton").knobs.runtime.interpret else "cuda"
+
+
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo: torch.compile must not trace
 # the loading of an extension.
-unavailable_reason._dynamo_marked_constant = True
+unavailable_reason._dynamo_marked_constant = triton_device._dynamo_marked_constant = True
 
 
 def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor] = ()) -> str:
@@ -67,7 +76,8 @@ def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor], grads:
         BackendUnavailable: the backend asked for by name cannot run this call.
     """
     if backend is None:
-        return next(name for name in IMPLEMENTATIONS[op] if _obstacle(op, name, tensors, grads) is None)
+        candidates = [name for name in IMPLEMENTATIONS[op] if (op, name) not in UNVERIFIED]
+        return next(name for name in candidates if _obstacle(op, name, tensors, grads) is None)
     if backend not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
     obstacle = _obstacle(op, backend, tensors, grads)
@@ -82,7 +92,19 @@ def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor], grads: Sequen
         return None
     if name not in IMPLEMENTATIONS[op]:
         return unavailable_reason(name) or f"it has no {op} kernel; use one of {', '.join(IMPLEMENTATIONS[op])}"
-    return _cpp_obstacle(tensors) or _cpp_obstacle(grads) or _dtype_obstacle(tensors, grads) or unavailable_reason(name)
+    if name == "triton":  # loaded first: only then is its device known
+        reason = unavailable_reason(name)
+        if reason is not None:
+            return reason
+        device, dtypes = triton_device(), TRITON_DTYPES
+    else:
+        device, dtypes = "cpu", CPP_DTYPES
+    return (
+        _tensor_obstacle(tensors, device, dtypes)
+        or _tensor_obstacle(grads, device, dtypes)
+        or _dtype_obstacle(tensors, grads)
+        or unavailable_reason(name)
+    )
 
 
 def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> str | None:
@@ -93,16 +115,17 @@ def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
     return f"it takes gradients of {tensors[0].dtype}, or float32 ones of half precision, got {grads[0].dtype}"
 
 
-def _cpp_obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
+def _tensor_obstacle(tensors: Sequence[torch.Tensor], device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
     transforms = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     for tensor in tensors:
         # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, got {type(tensor).__name__}"
-        if not tensor.is_cpu or tensor.layout is not torch.strided:
-            return f"it takes dense tensors on the CPU, got a {tensor.layout} tensor on {tensor.device}"
-        if tensor.dtype not in CPP_DTYPES:
-            return f"it takes {', '.join(map(str, CPP_DTYPES))}, got {tensor.dtype}"
+        if not (tensor.is_cpu if device == "cpu" else tensor.is_cuda) or tensor.layout is not torch.strided:
+            place = "the CPU" if device == "cpu" else "a CUDA device"
+            return f"it takes dense tensors on {place}, got a {tensor.layout} tensor on {tensor.device}"
+        if tensor.dtype not in dtypes:
+            return f"it takes {', '.join(map(str, dtypes))}, got {tensor.dtype}"
         if tensor.dtype is not tensors[0].dtype:
             return f"it takes tensors of one dtype, got {tensors[0].dtype} and {tensor.dtype}"
         if transforms and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -139,7 +162,11 @@ def _load_triton() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"Triton does not import ({error})"
-    return None if torch.cuda.is_available() else "Triton is installed, but there is no CUDA device"
+    if triton_device() == "cuda" and not torch.cuda.is_available():
+        return "Triton is installed, but there is no CUDA device and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    importlib.import_module("smoothk.kernels.difference_ops")
+    importlib.import_module("smoothk.ops").register("smoothk_triton")
+    return None
 
 
 _LOADERS = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}

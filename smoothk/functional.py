@@ -19,6 +19,7 @@ from . import ops, polar, reference
 from .unfolding import check_unfolding
 
 NORMS = ("l2", "l1", "l21", "huber")
+_NAMESPACES = {"cpp": "smoothk", "triton": "smoothk_triton"}  # of the operators; see `smoothk.ops`
 
 
 def _as_list(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -193,8 +194,9 @@ def difference_terms(
             from . import distributed
 
             return distributed.difference_terms(group, orders, **options, backend=backend)
-        if _backend.choose("difference_penalty", backend, group) == "cpp":
-            return torch.ops.smoothk.difference_penalty(group, orders, dim, norm, normalized, eps)
+        chosen = _backend.choose("difference_penalty", backend, group)
+        if chosen != "torch":
+            return getattr(torch.ops, _NAMESPACES[chosen]).difference_penalty(group, orders, dim, norm, normalized, eps)
         return reference.difference_terms(group, orders, **options)
 
     if not weights:  # a backend asked for by name must be there even if it has nothing to do
@@ -230,8 +232,9 @@ def accumulate_difference_penalty(
 
             return distributed.accumulate_difference_penalty(ws, gs, factors, orders, **options, backend=backend)
         chosen = _backend.choose("difference_penalty", backend, ws, gs)
-        if chosen == "cpp":
-            return torch.ops.smoothk.difference_penalty_accumulate_(gs, ws, factors, orders, dim, norm, normalized, eps)
+        if chosen != "torch":
+            accumulate = getattr(torch.ops, _NAMESPACES[chosen]).difference_penalty_accumulate_
+            return accumulate(gs, ws, factors, orders, dim, norm, normalized, eps)
         return sum(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
 
     def _accumulate_one(weight: Tensor, grad: Tensor, factors: Tensor) -> Tensor:

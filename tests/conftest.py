@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads the switch once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # dtype: (rtol, atol, rel_l2), all against a float64 reference. atol is relative to the largest expected entry.
 TOLERANCES: dict[torch.dtype, tuple[float, float, float]] = {

@@ -58,6 +58,39 @@ def test_tensors_that_the_extension_cannot_take(tensors: list[Tensor], reason: s
         choose("difference_penalty", "cpp", tensors)
 
 
+def test_a_kernel_that_no_gpu_has_verified_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend.UNVERIFIED == {("difference_penalty", "triton")}
+    monkeypatch.setitem(backend._reasons, "triton", None)
+    monkeypatch.setattr(backend, "triton_device", lambda: "cpu")
+    tensors = [torch.ones(3), torch.ones(2)]
+    assert choose("difference_penalty", None, tensors) == FASTEST
+    assert choose("difference_penalty", "triton", tensors) == "triton"
+    monkeypatch.setattr(backend, "UNVERIFIED", set())
+    assert choose("difference_penalty", None, tensors) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ([torch.ones(3), torch.ones(3, device="meta")], "on a CUDA device, got a torch.strided tensor on cpu"),
+        ([torch.ones(3).as_subclass(Subclass)], "plain tensors, got Subclass"),
+    ],
+    ids=["device", "subclass"],
+)
+def test_tensors_that_triton_cannot_take(tensors: list[Tensor], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend._reasons, "triton", None)
+    monkeypatch.setattr(backend, "triton_device", lambda: "cuda")
+    with pytest.raises(BackendUnavailable, match=f"^backend 'triton' cannot run difference_penalty: .*{reason}"):
+        choose("difference_penalty", "triton", tensors)
+
+
+def test_triton_without_a_gpu_and_without_its_interpreter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "triton_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device and Triton's interpreter (TRITON_INTERPRET=1) is off" in backend._load_triton()
+
+
 def test_fake_tensors_go_to_torch() -> None:
     with FakeTensorMode():
         assert choose("difference_penalty", None, [torch.ones(3)]) == "torch"
@@ -67,7 +100,7 @@ def test_fake_tensors_go_to_torch() -> None:
     ("op", "name", "reason"),
     [
         ("difference_penalty", "cuda", "this version of smoothk has no CUDA kernels"),
-        ("difference_penalty", "triton", "Triton|no difference_penalty kernel"),
+        ("low_rank_conv", "triton", "Triton|no low_rank_conv kernel; use one of torch"),
         ("nuclear_norm", "cpp", "not built|no nuclear_norm kernel; use one of torch"),
         ("low_rank_conv", "cuda", "this version of smoothk has no CUDA kernels"),
     ],

@@ -54,8 +54,16 @@ print(seconds)
 """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     seconds = [
-        float(subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
-                             check=True, capture_output=True, text=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", script],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": path},
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
         for _ in range(3)
     ]
     assert min(seconds) <= 0.05, seconds
@@ -130,8 +138,9 @@ def test_no_compiler(checkout: Path, mode: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wheel_and_source_distribution(checkout: Path, tmp_path: Path) -> None:
-    done = setup_py(checkout, "-q", "sdist", "--dist-dir", str(tmp_path), "bdist_wheel", "--dist-dir", str(tmp_path),
-                    mode="none")
+    done = setup_py(
+        checkout, "-q", "sdist", "--dist-dir", str(tmp_path), "bdist_wheel", "--dist-dir", str(tmp_path), mode="none"
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -14,11 +14,15 @@ from conftest import assert_close_rel
 from torch import Tensor
 
 import smoothk
-from smoothk.backend import unavailable_reason
+from smoothk.backend import triton_device, unavailable_reason
 from smoothk.functional import NORMS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BACKEND_DTYPES = [("torch", dtype) for dtype in DTYPES] + [("cpp", dtype) for dtype in DTYPES[:3]]
+BACKEND_DTYPES = [
+    *(("torch", dtype) for dtype in DTYPES),
+    *(("cpp", dtype) for dtype in DTYPES[:3]),
+    ("triton", torch.float64),  # the others in test_difference_triton.py
+]
 OPTIONS = list(product((1, 2), NORMS, (False, True)))  # order, norm, normalized
 DIMS = (0, 1, -1, (0, 1), (2, -3, 7))
 # Long and short along every axis: a kernel, a linear weight, vectors, one and two rows, a third-order tensor, a scalar,
@@ -26,9 +30,24 @@ DIMS = (0, 1, -1, (0, 1), (2, -3, 7))
 SHAPES = ((5, 3, 3, 2), (7, 4), (6,), (1, 4), (2, 3), (3, 2, 4), (1,), (), (0, 3), (4, 0))
 
 
-@pytest.fixture(params=["torch", "cpp"])
+@pytest.fixture(params=["torch", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return available(request.param)
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def fast_backend(request: pytest.FixtureRequest) -> str:
+    """Not Triton, whose interpreter takes milliseconds for a tile."""
+    return available(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return device_of(backend)
+
+
+def device_of(backend: str | None) -> str:
+    return triton_device() if backend == "triton" else "cpu"
 
 
 def available(name: str) -> str:
@@ -47,7 +66,7 @@ def as_tuple(dim: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_numpy(weights: Sequence[Tensor]) -> list[np.ndarray]:
-    return [weight.detach().double().numpy() for weight in weights]
+    return [weight.detach().double().cpu().numpy() for weight in weights]
 
 
 def check(weights: Sequence[Tensor], dtype: torch.dtype, backend: str | None, order: int = 1, **options) -> None:
@@ -55,6 +74,7 @@ def check(weights: Sequence[Tensor], dtype: torch.dtype, backend: str | None, or
     expected, gradients = numpy_reference.difference_penalty(
         to_numpy(weights), order, **{**options, "dim": as_tuple(options.get("dim", 0))}
     )
+    weights = [weight.detach().to(device_of(backend)).requires_grad_() for weight in weights]
     value = smoothk.difference_penalty(weights, order, backend=backend, **options)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.shape == ()
     assert_close_rel(value, expected, torch.float64 if dtype == torch.float64 else torch.float32)
@@ -87,24 +107,24 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("order", "norm", "normalized"), OPTIONS)
-def test_layouts(backend: str, layout: str, order: int, norm: str, normalized: bool) -> None:
+def test_layouts(fast_backend: str, layout: str, order: int, norm: str, normalized: bool) -> None:
     base = torch.randn(7, 4, 5, 3, dtype=torch.float64)
     weight = LAYOUTS[layout](base).requires_grad_()
     for dim in (0, 1, (0, -1)):
-        check([weight], torch.float64, backend, order, dim=dim, norm=norm, normalized=normalized)
+        check([weight], torch.float64, fast_backend, order, dim=dim, norm=norm, normalized=normalized)
 
 
-def test_long_sums_keep_their_accuracy(backend: str) -> None:
+def test_long_sums_keep_their_accuracy(fast_backend: str) -> None:
     # More rows and columns than one tile of the kernel holds.
     weights = [torch.randn(1200, 70, requires_grad=True), torch.randn(40, 2500, requires_grad=True)]
     for order, norm, normalized in OPTIONS:
-        check(weights, torch.float32, backend, order, norm=norm, normalized=normalized)
+        check(weights, torch.float32, fast_backend, order, norm=norm, normalized=normalized)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_zero_tensor_adds_nothing_when_normalized(backend: str, order: int, norm: str) -> None:
-    weights = [torch.zeros(5, 3, requires_grad=True), torch.zeros(4, 0, requires_grad=True)]
+def test_a_zero_tensor_adds_nothing_when_normalized(backend: str, device: str, order: int, norm: str) -> None:
+    weights = [torch.zeros(shape, device=device, requires_grad=True) for shape in ((5, 3), (4, 0))]
     value = smoothk.difference_penalty(weights, order, norm=norm, normalized=True, backend=backend)
     value.backward()
     assert value == 0 and all(torch.equal(w.grad, torch.zeros_like(w)) for w in weights)
@@ -112,21 +132,24 @@ def test_a_zero_tensor_adds_nothing_when_normalized(backend: str, order: int, no
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_l1_has_subgradient_zero_where_rows_agree(backend: str, order: int, normalized: bool) -> None:
-    weight = torch.ones(6, 3, dtype=torch.float64, requires_grad=True)
+def test_l1_has_subgradient_zero_where_rows_agree(backend: str, device: str, order: int, normalized: bool) -> None:
+    weight = torch.ones(6, 3, dtype=torch.float64, device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(
         smoothk.difference_penalty(weight, order, norm="l1", normalized=normalized, backend=backend), weight
     )
     assert torch.equal(gradient, torch.zeros_like(weight))
 
 
+@np.errstate(invalid="ignore")  # Triton's interpreter computes with NumPy
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("order", "norm", "normalized"), OPTIONS)
-def test_nan_and_inf_come_through(backend: str, order: int, norm: str, normalized: bool, bad: float) -> None:
-    weight = torch.randn(8, 3, dtype=torch.float64)
+def test_nan_and_inf_come_through(
+    backend: str, device: str, order: int, norm: str, normalized: bool, bad: float
+) -> None:
+    weight = torch.randn(8, 3, dtype=torch.float64, device=device)
     weight[4, 1] = bad
     weight.requires_grad_()
-    weights = [torch.ones(3, 2, dtype=torch.float64), weight]
+    weights = [torch.ones(3, 2, dtype=torch.float64, device=device), weight]
     value = smoothk.difference_penalty(weights, order, norm=norm, normalized=normalized, backend=backend)
     assert not value.isfinite()
     if np.isnan(bad):
@@ -160,8 +183,8 @@ def test_mixed_dtypes_give_one_float64_sum(backend: str | None) -> None:
         assert_close_rel(gradient, wanted, weight.dtype)
 
 
-def test_one_tensor_is_a_list_of_one(backend: str) -> None:
-    weight = torch.randn(5, 4)
+def test_one_tensor_is_a_list_of_one(backend: str, device: str) -> None:
+    weight = torch.randn(5, 4, device=device)
     single, listed = (smoothk.difference_penalty(w, backend=backend) for w in (weight, (weight,)))
     assert torch.equal(single, listed)
 
@@ -172,8 +195,8 @@ def test_an_empty_sequence_gives_zero(backend: str | None) -> None:
     assert value.shape == () and value.dtype == torch.float32 and value == 0
 
 
-def test_a_weight_listed_twice_counts_twice(backend: str) -> None:
-    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+def test_a_weight_listed_twice_counts_twice(backend: str, device: str) -> None:
+    weight = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     check([weight], torch.float64, backend)
     value = smoothk.difference_penalty([weight, weight], backend=backend)
     (gradient,) = torch.autograd.grad(value, weight)
@@ -182,15 +205,15 @@ def test_a_weight_listed_twice_counts_twice(backend: str) -> None:
     assert_close_rel(gradient, 2 * wanted, torch.float64)
 
 
-def test_only_weights_that_need_a_gradient_get_one(backend: str) -> None:
-    frozen, free = torch.randn(5, 4), torch.randn(5, 4, requires_grad=True)
+def test_only_weights_that_need_a_gradient_get_one(backend: str, device: str) -> None:
+    frozen, free = torch.randn(5, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
     smoothk.difference_penalty([frozen, free], backend=backend).backward()
     assert frozen.grad is None and free.grad is not None
     assert not smoothk.difference_penalty([frozen], backend=backend).requires_grad
 
 
-def test_weights_are_not_written(backend: str) -> None:
-    weights = random_weights(torch.float32)
+def test_weights_are_not_written(backend: str, device: str) -> None:
+    weights = [weight.detach().to(device).requires_grad_() for weight in random_weights(torch.float32)]
     before = [weight.detach().clone() for weight in weights]
     smoothk.difference_penalty(weights, norm="l21", normalized=True, backend=backend).backward()
     assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
@@ -199,32 +222,32 @@ def test_weights_are_not_written(backend: str) -> None:
 @pytest.mark.parametrize(("order", "norm", "normalized"), [case for case in OPTIONS if case[1] != "l1"])
 @pytest.mark.parametrize("dim", [0, (0, 1)], ids=str)
 def test_first_and_second_derivatives(
-    backend: str, dim: int | tuple[int, ...], order: int, norm: str, normalized: bool
+    fast_backend: str, dim: int | tuple[int, ...], order: int, norm: str, normalized: bool
 ) -> None:
     weights = random_weights(torch.float64, ((4, 3), (5, 1, 2)))
 
     def penalty(*tensors: Tensor) -> Tensor:
         return smoothk.difference_penalty(
-            tensors, order, dim=dim, norm=norm, normalized=normalized, eps=0.1, backend=backend
+            tensors, order, dim=dim, norm=norm, normalized=normalized, eps=0.1, backend=fast_backend
         )
 
     assert torch.autograd.gradcheck(penalty, weights)
     assert torch.autograd.gradgradcheck(penalty, weights, fast_mode=True)
 
 
-def test_the_gradient_scales_with_what_comes_from_above(backend: str) -> None:
-    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+def test_the_gradient_scales_with_what_comes_from_above(backend: str, device: str) -> None:
+    weight = torch.randn(6, 5, dtype=torch.float64, device=device, requires_grad=True)
     value = smoothk.difference_penalty(weight, backend=backend)
     (gradient,) = torch.autograd.grad(value, weight, retain_graph=True)
     (scaled,) = torch.autograd.grad(value.square(), weight)
     torch.testing.assert_close(scaled, 2 * value.detach() * gradient)
 
 
-def test_bits_do_not_depend_on_the_run(backend: str) -> None:
+def test_bits_do_not_depend_on_the_run(fast_backend: str) -> None:
     weights = [torch.randn(600, 60, requires_grad=True), torch.randn(8, 4100, requires_grad=True)]
 
     def bits() -> tuple[bytes, ...]:
-        value = smoothk.difference_penalty(weights, 2, norm="l21", normalized=True, backend=backend)
+        value = smoothk.difference_penalty(weights, 2, norm="l21", normalized=True, backend=fast_backend)
         return tuple(t.detach().numpy().tobytes() for t in (value, *torch.autograd.grad(value, weights)))
 
     assert len({bits() for _ in range(20)}) == 1
