@@ -419,13 +419,15 @@ def nuclear_norm_gathers_one_weight_at_a_time() -> None:
 def nan_and_zero_weights() -> None:
     zero, nan = torch.zeros(9, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
     nan[-1, 0] = torch.nan
-    for normalized, (whole, is_right) in itertools.product(
-        (False, True), ((zero, lambda value: value == 0), (nan, torch.isnan))
-    ):
-        weights = [nn.Parameter(distribute_tensor(whole, line_mesh(), [Shard(0)]))]
-        for value in both_ways(SmoothnessPenalty(weights, **BOTH, normalized=normalized), weights):
-            assert is_right(value)
-            assert weights[0].grad.full_tensor()[-1, 0].isnan() == whole[-1, 0].isnan()
+    for norm, normalized in itertools.product(("l2", "l21"), (False, True)):
+        for whole in (zero, nan):
+            weight = nn.Parameter(distribute_tensor(whole, line_mesh(), [Shard(0)]))
+            for value in both_ways(SmoothnessPenalty([weight], **BOTH, norm=norm, normalized=normalized), [weight]):
+                gradient = weight.grad.full_tensor()
+                if whole is nan:
+                    assert value.isnan() and gradient[-1, 0].isnan()
+                else:
+                    assert not gradient.any() and (value == 0 or not normalized)
 
 
 @on(2)
