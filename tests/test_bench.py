@@ -131,13 +131,18 @@ def test_memory_that_is_not_torchs_shows_in_the_resident_set() -> None:
 # The gate
 
 
-def wrong(scale: float = 1.0, shift: float = 0.0, write: bool = True) -> Callable[..., Any]:
-    """A stand-in for `_foreach` that is right but for a factor on one gradient and something added to the value."""
+def wrong(scale: float = 1.0, shift: float = 0.0, write: bool = True, keep: bool = True) -> Callable[..., Any]:
+    """A stand-in for `_foreach` that is right but for a factor on one gradient and something added to the value.
+
+    Without ``write`` it leaves the gradients alone, without ``keep`` it overwrites them.
+    """
     difference = module("entries.difference")
 
     def make(penalty: Any, weights: list[nn.Parameter]) -> Callable[[], Tensor]:
         def run() -> Tensor:
             grads = [w.grad if write else w.grad.clone() for w in weights]
+            if not keep:
+                torch._foreach_zero_(grads)
             before = grads[0].clone()
             value = difference.in_place(penalty, [w.detach() for w in weights], grads)
             grads[0].copy_(before + scale * (grads[0] - before))
@@ -160,6 +165,7 @@ def raising(penalty: Any, weights: list[nn.Parameter]) -> Callable[[], Tensor]:
         ({"shift": 1e-3}, "value error"),
         ({"shift": math.nan}, "value error nan"),
         ({"write": False}, "gradient error"),
+        ({"keep": False}, "gradient error"),
         (None, "RuntimeError: no such luck"),
     ],
     ids=str,
@@ -180,6 +186,19 @@ def test_a_wrong_side_is_red_and_not_timed(
 def test_the_stand_in_is_right_without_its_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module("entries.difference"), "_foreach", wrong())
     assert bench("difference", "--set", "odd", "--gate-only", "--sides", "foreach", "--without", "own process") == 0
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 21])
+def test_large_weights_are_compared_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems, difference = module("problem"), module("entries.difference")
+    monkeypatch.setattr(problems, "BLOCK", block)
+    problem = problems.Problem(module("weight_sets").WEIGHT_SETS["odd"], CPU, torch.float32, rotate=False)
+    case = difference.case(problem, "both", difference.Penalty(difference.COEFFICIENTS["both"]))
+    fused = next(side for side in case.sides if side.name == "fused")
+    assert module("harness").gate(fused, case)[0]["status"] == "green"
+    problem.copies[0][-1].grad.view(-1)[-1] *= 2
+    errors = problem.errors([torch.zeros(())], penalised=True)
+    assert errors["gradient"] > 1e-3 and errors["largest entry"] > 1e-3 and errors["value"] == 1
 
 
 def test_reruns_with_other_bits_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
