@@ -26,14 +26,18 @@ NAMES = ("torch", "cpp", "triton", "cuda")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "difference_penalty": ("triton", "cpp", "torch"),
     "nuclear_norm": ("torch",),
+    "polar_factors": ("triton", "torch"),  # the nuclear norm by Newton-Schulz
     "low_rank_conv": ("torch",),
 }
 
 # Not yet run on a GPU: taken only where asked for by name.
-UNVERIFIED = {("difference_penalty", "triton")}
+UNVERIFIED = {("difference_penalty", "triton"), ("polar_factors", "triton")}
 
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
+TRITON_DTYPES = {
+    "difference_penalty": (*CPP_DTYPES, torch.float16),
+    "polar_factors": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 _lock = threading.RLock()
 _reasons: dict[str, str | None] = {"torch": None}  # backend -> why it is missing, None where it is there
@@ -96,7 +100,7 @@ def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor], grads: Sequen
         reason = unavailable_reason(name)
         if reason is not None:
             return reason
-        device, dtypes = triton_device(), TRITON_DTYPES
+        device, dtypes = triton_device(), TRITON_DTYPES[op]
     else:
         device, dtypes = "cpu", CPP_DTYPES
     return (
@@ -165,7 +169,9 @@ def _load_triton() -> str | None:
     if triton_device() == "cuda" and not torch.cuda.is_available():
         return "Triton is installed, but there is no CUDA device and Triton's interpreter (TRITON_INTERPRET=1) is off"
     importlib.import_module("smoothk.kernels.difference_ops")
-    importlib.import_module("smoothk.ops").register("smoothk_triton")
+    ops = importlib.import_module("smoothk.ops")
+    ops.register("smoothk_triton")
+    ops.register_polar_factors("smoothk_triton", importlib.import_module("smoothk.kernels.polar").polar_factors)
     return None
 
 

@@ -19,7 +19,7 @@ from . import ops, polar, reference
 from .unfolding import check_unfolding
 
 NORMS = ("l2", "l1", "l21", "huber")
-_NAMESPACES = {"cpp": "smoothk", "triton": "smoothk_triton"}  # of the operators; see `smoothk.ops`
+_NAMESPACES = {"torch": ops.TORCH, "cpp": "smoothk", "triton": "smoothk_triton"}  # of the operators in `smoothk.ops`
 
 
 def _as_list(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -68,6 +68,11 @@ def check_nuclear_options(unfolding: str, method: str) -> None:
     if method not in polar.METHODS:
         names = ", ".join(map(repr, polar.METHODS))
         raise ValueError(f"method must be one of {names}, got {method!r}")
+
+
+def nuclear_op(method: str) -> str:
+    """The op, in `smoothk.backend`, that computes nuclear norms by ``method``."""
+    return "polar_factors" if method == "polar" else "nuclear_norm"
 
 
 def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> None:
@@ -271,7 +276,9 @@ def nuclear_norm(
             ``"polar"``, a Newton-Schulz polar factor, which leaves singular values below about 1e-3 of the largest
             unresolved; ``"auto"``, the fastest with a value error of at most 1e-3 and a gradient error of at most 1e-2
             on any spectrum.
-        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``. ``"triton"`` has the method ``"polar"``,
+            not yet run on a GPU: it multiplies in three TF32 products, or in float16 where
+            ``torch.backends.cuda.matmul.fp32_precision`` allows less than float32.
 
     Returns:
         0-dim tensor on the first weight's device, float32, or float64 if any weight is. Zero for an empty sequence.
@@ -283,7 +290,8 @@ def nuclear_norm(
     """
     tensors = _as_list(weights)
     check_nuclear_options(unfolding, method)
-    _backend.choose("nuclear_norm", backend, [local_part(weight) for weight in tensors])
+    op = nuclear_op(method)
+    _backend.choose(op, backend, ())  # one asked for by name must be there even if it has nothing to do
 
     def values_of(indices: list[int]) -> Tensor:
         group = [tensors[i] for i in indices]
@@ -292,9 +300,10 @@ def nuclear_norm(
 
             one = partial(nuclear_norm, unfolding=unfolding, method=method, backend=backend)
             return distributed.gathered_terms(group, lambda weight: one(weight).view(1))
+        namespace = _NAMESPACES[_backend.choose(op, backend, group)]
         with _no_autocast(tensors):
             matrices = [_at_least_2d(weight) for weight in group]
-            return reference.nuclear_norm(matrices, unfolding=unfolding, method=method, namespace=ops.TORCH).view(1)
+            return reference.nuclear_norm(matrices, unfolding=unfolding, method=method, namespace=namespace).view(1)
 
     return _sum_over_kinds(tensors, 1, values_of)[0]
 
@@ -315,10 +324,10 @@ def polar_factors(
             one = partial(polar_factors, unfolding=unfolding, method=method, backend=backend)
             results |= {i: distributed.polar_factor(weights[i], one) for i in indices}
             continue
-        _backend.choose("nuclear_norm", backend, group)
+        namespace = _NAMESPACES[_backend.choose(nuclear_op(method), backend, group)]
         with _no_autocast(group):
             matrices = [_at_least_2d(weight) for weight in group]
-            values, factors = getattr(torch.ops, ops.TORCH).polar_factors(matrices, unfolding, method)
+            values, factors = getattr(torch.ops, namespace).polar_factors(matrices, unfolding, method)
         for i, weight, value, factor in zip(indices, group, values, factors, strict=True):
             results[i] = value, factor.view_as(weight)
     return [results[i] for i in range(len(weights))]

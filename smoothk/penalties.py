@@ -17,6 +17,7 @@ from .functional import (
     check_dim,
     difference_terms,
     local_part,
+    nuclear_op,
 )
 from .nuclear import NuclearTerm, Weights
 from .reference import axes_of, result_dtype
@@ -228,7 +229,7 @@ class SmoothnessPenalty(nn.Module):
         if self._orders:
             check_backend("difference_penalty", self.backend, tensors, [weight.grad for weight in tensors])
         if self.coefficients["nuclear"]:
-            check_backend("nuclear_norm", self.backend, tensors)
+            check_backend(nuclear_op(self._nuclear.options["method"]), self.backend, tensors)
 
     def _accumulate_differences(self, weights: Sequence[nn.Parameter], coefficients: Tensor) -> Tensor:
         # A weight too short for every order keeps even a missing .grad.

@@ -25,8 +25,8 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
     (1.875, -1.25, 0.375),
 )
-_SAFETY = 1.01  # keeps rounding from pushing a singular value past the interval in which a quintic contracts
-QUINTICS = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-2]) + _POLAR_EXPRESS[-2:]
+SAFETY = 1.01  # keeps rounding from pushing a singular value past the interval in which a quintic contracts
+QUINTICS = tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-2]) + _POLAR_EXPRESS[-2:]
 
 # A float32 Gram matrix has errors of a few eps * σ_max², which turn the direction of σ by some eps * (σ_max / σ)². Down
 # to this σ / σ_max that is less than 1e-2, and about 1e-3 measured.
@@ -182,7 +182,7 @@ def newton_schulz(batch: Tensor) -> tuple[Tensor, Tensor]:
     scaled = batch / torch.where(largest == 0, 1, largest)
     # The Frobenius norm bounds the largest singular value; a zero matrix stays zero.
     norm = torch.linalg.matrix_norm(scaled, keepdim=True)
-    x = scaled / torch.where(norm == 0, 1, norm * _SAFETY)
+    x = scaled / torch.where(norm == 0, 1, norm * SAFETY)
     for a, b, c in QUINTICS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

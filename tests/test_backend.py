@@ -59,7 +59,7 @@ def test_tensors_that_the_extension_cannot_take(tensors: list[Tensor], reason: s
 
 
 def test_a_kernel_that_no_gpu_has_verified_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.UNVERIFIED == {("difference_penalty", "triton")}
+    assert backend.UNVERIFIED == {("difference_penalty", "triton"), ("polar_factors", "triton")}
     monkeypatch.setitem(backend._reasons, "triton", None)
     monkeypatch.setattr(backend, "triton_device", lambda: "cpu")
     tensors = [torch.ones(3), torch.ones(2)]
