@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dim", nargs="+", type=_dims, default=[(0,)], help="axes, as in: --dim 0 1 2,3")
     group.add_argument("--normalized", nargs="+", choices=("no", "yes"), default=["no"])
     group.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    group.add_argument("--backend", choices=("cpp", "triton"), help="of the fused sides; default: triton on CUDA")
     group = parser.add_argument_group("step")
     group.add_argument("--batch", type=int, help="images in a step (default 16 on the CPU, 128 on CUDA)")
     return parser

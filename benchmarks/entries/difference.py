@@ -64,21 +64,22 @@ def cases(options: Any) -> Iterator[Case]:
         for norm in options.norm:
             for normalized in options.normalized:
                 for dim in options.dim:
-                    launched = case(problem, orders, Penalty(COEFFICIENTS[orders], dim, norm, normalized))
+                    penalty = Penalty(COEFFICIENTS[orders], dim, norm, normalized)
+                    launched = case(problem, orders, penalty, options.backend)
                     yield launched
                     if problem.device.type == "cuda":
                         yield in_graph(launched)
 
 
-def case(problem: Problem, orders: str, penalty: Penalty) -> Case:
-    """All sides of one penalty on ``problem``."""
+def case(problem: Problem, orders: str, penalty: Penalty, fused_by: str | None = None) -> Case:
+    """All sides of one penalty on ``problem``; ``fused_by`` names the backend of the fused ones."""
     problem.expect(partial(reference_value, penalty), by_columns=penalty.by_columns)
     tolerance = TOLERANCES[problem.dtype]
     where = "" if penalty.dim == (0,) else f", dim {','.join(map(str, penalty.dim))}"
     return Case(
         name=f"{orders} order{'s' * (orders == 'both')}, {penalty.norm}{', normalized' * penalty.normalized}{where}",
         options={"coefficients": {str(k): v for k, v in penalty.coefficients.items()}, **penalty.options()},
-        sides=sides(problem, penalty),
+        sides=sides(problem, penalty, fused_by),
         baselines=("fused", "default backend"),
         tolerances=dict.fromkeys(("value", "gradient", "largest entry"), tolerance),
         device=problem.device,
@@ -89,13 +90,14 @@ def case(problem: Problem, orders: str, penalty: Penalty) -> Case:
     )
 
 
-def sides(problem: Problem, penalty: Penalty) -> list[Side]:
+def sides(problem: Problem, penalty: Penalty, fused_by: str | None = None) -> list[Side]:
     """Every implementation, the floor, and on CUDA the copy that bandwidths are compared with."""
     cuda = problem.device.type == "cuda"
-    calls: dict[str, Call] = {"fused": partial(_smoothk, penalty, "triton" if cuda else None)}
+    fused_by = fused_by or ("triton" if cuda else None)
+    calls: dict[str, Call] = {"fused": partial(_smoothk, penalty, fused_by)}
     if cuda:
         calls["default backend"] = partial(_smoothk, penalty, None)
-    calls["fused, autograd"] = partial(_smoothk_autograd, penalty, "triton" if cuda else None)
+    calls["fused, autograd"] = partial(_smoothk_autograd, penalty, fused_by)
     calls["eager"] = partial(_autograd, partial(eager, penalty))
     calls["foreach"] = partial(_foreach, penalty)
     calls["compile(autograd)"] = partial(_compiled_autograd, penalty)
