@@ -1,56 +1,56 @@
-// Finite-difference penalty: plain-data parameters and launchers. No torch include.
+// Finite-difference penalty of many weights: plain data, no torch include.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 namespace smoothk {
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16 };
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Norm { kL2, kL1, kL21, kHuber };
 
-// One weight tensor seen along one of its axes. Element (o, i, j) lies at
-// o * outer_stride + i * row_stride + j; the differences run over i.
+// An axis of a tensor whose entries are numbered in storage order: the index of entry q along it is
+// q / span % length, and the next entry along it lies `stride` further in storage.
 struct DifferenceAxis {
-  int64_t outer, rows, inner;
-  int64_t outer_stride, row_stride;
+  int64_t length, span, stride;
 };
 
-// A fixed partition of an axis into blocks of slabs (o), rows (i) and columns (j). It depends on the
-// shape alone, so the partial sums and their order do not depend on the number of threads.
-struct DifferenceTiles {
-  int64_t slabs, rows, columns;                    // extent of one tile
-  int64_t slab_blocks, row_blocks, column_blocks;  // row blocks run fastest: a tile finds its halo in cache
-  int64_t count() const { return slab_blocks * row_blocks * column_blocks; }
+// `size` entries in storage order, of which entry q lies at q / run * pitch + q % run: equal runs without gaps, one
+// run where the tensor is dense.
+struct DifferenceTensor {
+  const void* weight = nullptr;
+  void* grad = nullptr;  // laid out as the weight; null: value only
+  int64_t size = 0, run = 1, pitch = 1;
+  std::vector<DifferenceAxis> axes = {};
 };
 
-DifferenceTiles tile_difference(const DifferenceAxis& axis);
+using PerOrder = std::array<double, 2>;  // first order, second order
 
-// grad += factor * d/dW (sum of norm over the differences) + decay * W
-struct DifferenceParams {
-  DifferenceAxis axis;
-  DifferenceTiles tiles;
-  const void* weight;
-  void* grad;  // laid out as the weight; null: value only
-  Dtype dtype;
-  Dtype grad_dtype;  // dtype, or kFloat32 for a kBFloat16 weight
+struct DifferenceOptions {
+  int64_t orders;  // 1, 2, or 3 for both
   Norm norm;
-  int64_t order;  // 1 or 2
-  double factor;
-  double decay;
-  const double* row_factors;  // kL21 gradient: [rows - order], one more factor per group; else null
+  bool normalized;
+  double eps;
+  Dtype dtype;       // of every weight
+  Dtype grad_dtype;  // dtype, or kFloat32 for half precision weights
+  PerOrder coefficients;
+
+  bool has(int64_t order) const { return orders & order; }
+  bool one_pass() const { return norm != Norm::kL21 && !normalized; }  // gradients need no value first
+  int64_t reach() const { return orders & 2 ? 2 : 1; }  // neighbours on either side that an entry's gradient depends on
 };
+
+// Calls body(begin, end) on disjoint parts of [0, size), of at least `grain` where there is more than one, in parallel.
+using ParallelFor = std::function<void(int64_t size, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
 namespace cpu {
 
-// Number of doubles that difference_tile writes.
-int64_t difference_partials(const DifferenceParams& params);
-
-// One tile: the gradient, if asked for, and the partial sums of the value: one number, or for kL21 the
-// sum of squares in every row of the tile.
-void difference_tile(const DifferenceParams& params, int64_t tile, double* partials);
-
-// Sum of the squares of the weight's entries in one tile.
-double sum_of_squares_tile(const DifferenceParams& params, int64_t tile);
+// The penalty of every order, summed over tensors and axes; where tensors have gradients, the coefficients times the
+// derivatives are added to them. The same bits however the work is divided.
+PerOrder difference(const DifferenceOptions& options, const std::vector<DifferenceTensor>& tensors,
+                    const ParallelFor& parallel_for);
 
 // Instruction set that the kernels use on this machine.
 const char* simd();

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,25 +18,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Options {
-  int64_t order;
-  std::vector<int64_t> dim;
-  Norm norm;
-  bool normalized;
-  double eps;
-};
-
-Options make_options(const std::vector<int64_t>& orders, const std::vector<int64_t>& dim, const std::string& norm,
-                     bool normalized, double eps) {
-  for (int64_t order : orders) STD_TORCH_CHECK(order == 1 || order == 2, "order must be 1 or 2, got ", order);
-  const std::pair<const char*, Norm> names[] = {
-      {"l2", Norm::kL2}, {"l1", Norm::kL1}, {"l21", Norm::kL21}, {"huber", Norm::kHuber}};
-  for (const auto& [name, value] : names) {
-    if (norm == name) return {0, dim, value, normalized, eps};
-  }
-  STD_TORCH_CHECK(false, "norm must be one of l2, l1, l21, huber, got ", norm);
-}
-
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -46,8 +26,10 @@ Dtype dtype_of(const Tensor& tensor) {
       return Dtype::kFloat64;
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "dtype must be float32, float64 or bfloat16, got ",
+      STD_TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ",
                       torch::headeronly::toString(tensor.scalar_type()));
   }
 }
@@ -67,8 +49,9 @@ void check_grads(const std::vector<Tensor>& grads, const std::vector<Tensor>& we
   if (grads.empty()) return;
   check_weights(grads);
   const Dtype dtype = dtype_of(weights[0]), grad_dtype = dtype_of(grads[0]);
-  STD_TORCH_CHECK(grad_dtype == dtype || (dtype == Dtype::kBFloat16 && grad_dtype == Dtype::kFloat32),
-                  "grads must have the dtype of the weights, or float32 for bfloat16 weights");
+  const bool half = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
+  STD_TORCH_CHECK(grad_dtype == dtype || (half && grad_dtype == Dtype::kFloat32),
+                  "grads must have the dtype of the weights, or float32 for bfloat16 and float16 weights");
   std::vector<const void*> starts;
   for (size_t t = 0; t < grads.size(); ++t) {
     const auto expected = weights[t].sizes(), sizes = grads[t].sizes(), strides = grads[t].strides();
@@ -84,6 +67,39 @@ void check_grads(const std::vector<Tensor>& grads, const std::vector<Tensor>& we
                   "grads must not share memory: pass a tied weight once");
 }
 
+// Describes the entries of a tensor in storage order, and the axes of `dims` along which it has a difference; false for
+// strides that overlap, and for gaps other than between long runs.
+bool describe(const Tensor& tensor, const std::vector<int64_t>& dims, int64_t order, DifferenceTensor& result) {
+  constexpr int64_t kLong = 32;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const auto rank = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> axes, spans(rank, 1);
+  for (int64_t d = 0; d < rank; ++d) {
+    if (sizes[d] > 1) axes.push_back(d);
+  }
+  std::sort(axes.begin(), axes.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  result = {.size = 1, .run = 1, .pitch = 1};
+  for (int64_t d : axes) {
+    // Up to the first gap the run grows, from there on the number of runs.
+    if (result.run == result.size) result.pitch = strides[d];
+    if (strides[d] < result.run || strides[d] != result.size / result.run * result.pitch) return false;
+    if (strides[d] == result.size) {
+      result.run *= sizes[d];
+    } else if (result.run < kLong) {
+      return false;
+    }
+    spans[d] = result.size;
+    result.size *= sizes[d];
+  }
+  if (tensor.numel() == 0) result.size = 0;
+  for (int64_t dim : dims) {
+    if (dim < 0) dim += rank;
+    if (dim < 0 || dim >= rank || sizes[dim] <= order) continue;
+    result.axes.push_back({sizes[dim], spans[dim], strides[dim]});
+  }
+  return true;
+}
+
 bool same_strides(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -92,252 +108,100 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Merges axes, given by decreasing stride, into one of the returned size with the stride of the last.
-std::optional<int64_t> merge(const std::vector<std::pair<int64_t, int64_t>>& stride_and_size) {
-  int64_t size = 1;
-  for (size_t k = stride_and_size.size(); k-- > 0;) {
-    if (stride_and_size[k].first != stride_and_size.back().first * size) return std::nullopt;
-    size *= stride_and_size[k].second;
+DifferenceOptions make_options(const std::vector<Tensor>& weights, const std::vector<int64_t>& orders,
+                               const std::string& norm, bool normalized, double eps) {
+  check_weights(weights);
+  int64_t order_bits = 0;
+  for (int64_t order : orders) {
+    STD_TORCH_CHECK(order == 1 || order == 2, "orders must be 1 or 2, got ", order);
+    STD_TORCH_CHECK(order > order_bits, "orders must be [1], [2] or [1, 2]");
+    order_bits |= order;
   }
-  return size;
+  STD_TORCH_CHECK(order_bits != 0, "orders must be [1], [2] or [1, 2]");
+  const std::pair<const char*, Norm> names[] = {
+      {"l2", Norm::kL2}, {"l1", Norm::kL1}, {"l21", Norm::kL21}, {"huber", Norm::kHuber}};
+  const auto named = std::find_if(std::begin(names), std::end(names), [&](const auto& n) { return norm == n.first; });
+  STD_TORCH_CHECK(named != std::end(names), "norm must be one of l2, l1, l21, huber, got ", norm);
+  const Dtype dtype = weights.empty() ? Dtype::kFloat32 : dtype_of(weights[0]);
+  return {order_bits, named->second, normalized, eps, dtype, dtype, {}};
 }
 
-// The tensor seen along `dim` in storage order, whatever the order of its axes; nothing for strides that
-// do not make three axes of it or that overlap.
-std::optional<DifferenceAxis> along(const Tensor& tensor, int64_t dim) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  if (tensor.numel() == 0) return DifferenceAxis{0, sizes[dim], 0, 0, 0};
-  std::vector<std::pair<int64_t, int64_t>> outer, inner;
-  for (int64_t d = 0; d < static_cast<int64_t>(sizes.size()); ++d) {
-    if (d != dim && sizes[d] > 1) (strides[d] < strides[dim] ? inner : outer).emplace_back(strides[d], sizes[d]);
-  }
-  std::sort(outer.rbegin(), outer.rend());
-  std::sort(inner.rbegin(), inner.rend());
-  if (!inner.empty() && inner.back().first != 1) return std::nullopt;
-  const auto outer_size = merge(outer), inner_size = merge(inner);
-  if (!outer_size || !inner_size) return std::nullopt;
-  const int64_t outer_stride = outer.empty() ? 0 : outer.back().first;
-  const int64_t slab = (sizes[dim] - 1) * strides[dim] + *inner_size;
-  if (strides[dim] < *inner_size || (!outer.empty() && outer_stride < slab)) return std::nullopt;
-  return DifferenceAxis{*outer_size, sizes[dim], *inner_size, outer_stride, strides[dim]};
-}
-
-struct Axis {
-  DifferenceAxis view;
-  DifferenceTiles tiles;
-  std::vector<double> row_factors;  // l21: what the gradient of each group is multiplied with
-};
-
-struct Entry {
-  Tensor weight;
-  std::optional<Tensor> grad;
-  std::vector<Axis> axes;  // those long enough for a difference
-  double value = 0;
-  double squares = 0;
-  double factor = 1;
-  double decay = 0;
-};
-
-// Fills `entry.axes`; false where the strides of the tensors do not allow it.
-bool find_axes(Entry& entry, const Options& options) {
-  entry.axes.clear();
-  if (entry.grad && !same_strides(entry.weight, *entry.grad)) return false;
-  const int64_t rank = entry.weight.dim();
-  for (int64_t dim : options.dim) {
-    if (dim < -rank || dim >= rank) continue;
-    if (dim < 0) dim += rank;
-    if (entry.weight.size(dim) <= options.order) continue;
-    const auto view = along(entry.weight, dim);
-    if (!view) return false;
-    entry.axes.push_back({*view, tile_difference(*view), {}});
-  }
-  return true;
-}
-
-enum class Pass { kValue, kGradient, kBoth };
-
-// Goes over the k-th axis of every entry. One axis at a time: two axes of a tensor write the same gradient.
-void run(std::vector<Entry>& entries, size_t k, Pass pass, const Options& options) {
-  struct Job {
-    Entry* entry;
-    Axis* axis;
-    DifferenceParams params;
-    int64_t first_tile, first_partial;
-  };
-  std::vector<Job> jobs;
-  int64_t tiles = 0, partial_count = 0;
-  for (Entry& entry : entries) {
-    if (entry.axes.size() <= k) continue;
-    Axis& axis = entry.axes[k];
-    DifferenceParams params{.axis = axis.view,
-                            .tiles = axis.tiles,
-                            .weight = entry.weight.const_data_ptr(),
-                            .grad = nullptr,
-                            .dtype = dtype_of(entry.weight),
-                            .grad_dtype = dtype_of(entry.grad ? *entry.grad : entry.weight),
-                            .norm = options.norm,
-                            .order = options.order,
-                            .factor = entry.factor,
-                            .decay = k == 0 ? entry.decay : 0,
-                            .row_factors = nullptr};
-    if (pass != Pass::kValue) {
-      params.grad = entry.grad->mutable_data_ptr();
-      if (options.norm == Norm::kL21) params.row_factors = axis.row_factors.data();
-    }
-    jobs.push_back({&entry, &axis, params, tiles, partial_count});
-    tiles += axis.tiles.count();
-    partial_count += axis.tiles.count() * cpu::difference_partials(params);
-  }
-
-  const bool with_squares = pass == Pass::kValue && options.normalized && k == 0;
-  std::vector<double> partials(partial_count), squares(with_squares ? tiles : 0);
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
-                                [](int64_t tile, const Job& j) { return tile < j.first_tile; }) -
-               1;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      while (tile - job->first_tile >= job->axis->tiles.count()) ++job;
-      const int64_t own = tile - job->first_tile;
-      cpu::difference_tile(job->params, own,
-                           &partials[job->first_partial + own * cpu::difference_partials(job->params)]);
-      if (with_squares) squares[tile] = cpu::sum_of_squares_tile(job->params, own);
-    }
-  });
-  if (pass == Pass::kGradient) return;
-
-  for (const Job& job : jobs) {
-    const DifferenceTiles& t = job.axis->tiles;
-    const double* partial = &partials[job.first_partial];
-    if (options.norm == Norm::kL21) {
-      std::vector<double>& rows = job.axis->row_factors;
-      rows.assign(job.axis->view.rows, 0);
-      for (int64_t tile = 0; tile < t.count(); ++tile, partial += t.rows) {
-        const int64_t first = tile % t.row_blocks * t.rows;
-        const int64_t last = std::min<int64_t>(first + t.rows, rows.size());
-        for (int64_t i = first; i < last; ++i) rows[i] += partial[i - first];
-      }
-      rows.resize(job.axis->view.rows - options.order);
-      for (double& row : rows) {
-        const double length = std::sqrt(row + options.eps);
-        job.entry->value += length;
-        row = 0.5 / length;  // the kernel's slope is that of d^2
-      }
-    } else {
-      for (int64_t tile = 0; tile < t.count(); ++tile) job.entry->value += partial[tile];
-    }
-    if (with_squares) {
-      for (int64_t tile = 0; tile < t.count(); ++tile) job.entry->squares += squares[job.first_tile + tile];
-    }
-  }
-}
-
-// Divides the value by the weight's norm and lets the gradient go through it: with S = sum W^2,
-// d(N / S) = N' / S - 2 N W / S^2 (l2) and d(N / sqrt S) = N' / sqrt S - N W / S^(3/2) (the others).
-void normalize(Entry& entry, const Options& options) {
-  const double s = entry.squares;
-  if (s == 0) {
-    entry.value = entry.factor = 0;
-    return;
-  }
-  const bool squared = options.norm == Norm::kL2;
-  const double scale = squared ? s : std::sqrt(s);
-  entry.value /= scale;
-  entry.factor /= scale;
-  entry.decay = -(squared ? 2 : 1) * entry.value * entry.factor * (scale / s);
-}
-
-// A bf16 gradient to which several terms are added: it is rounded once, when it is copied back.
-Tensor in_float(const Tensor& grad) {
-  return dtype_of(grad) == Dtype::kBFloat16 ? torch::stable::to(grad, ScalarType::Float) : grad;
-}
-
-// The penalty of all weights; grads, unless null, get `coefficient` times its gradient added.
-double evaluate_order(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads, double coefficient,
-                      const Options& options) {
-  std::vector<Entry> entries;
-  std::vector<std::pair<Tensor, Tensor>> copies;  // a gradient and what is computed in its place
-  const bool several_terms = options.normalized || options.dim.size() > 1;
-  size_t axes = 0;
-  for (size_t t = 0; t < weights.size(); ++t) {
-    Entry entry{.weight = weights[t], .grad = {}, .axes = {}};
-    entry.factor = coefficient;
-    if (grads) entry.grad = several_terms ? in_float((*grads)[t]) : (*grads)[t];
-    if (!find_axes(entry, options)) {
-      entry.weight = torch::stable::contiguous(entry.weight);
-      if (grads) entry.grad = torch::stable::contiguous(*entry.grad);
-      find_axes(entry, options);
-    }
-    if (grads && entry.grad->data_ptr() != (*grads)[t].data_ptr()) copies.emplace_back((*grads)[t], *entry.grad);
-    axes = std::max(axes, entry.axes.size());
-    entries.push_back(std::move(entry));
-  }
-
-  const bool one_pass = options.norm != Norm::kL21 && !options.normalized;
-  const Pass first = grads && one_pass ? Pass::kBoth : Pass::kValue;
-  for (size_t k = 0; k < axes; ++k) run(entries, k, first, options);
-  double total = 0;
-  for (Entry& entry : entries) {
-    if (options.normalized) normalize(entry, options);
-    total += entry.value;
-  }
-  if (grads && !one_pass) {
-    for (size_t k = 0; k < axes; ++k) run(entries, k, Pass::kGradient, options);
-  }
-  for (auto& [grad, copy] : copies) torch::stable::copy_(grad, copy);
-  return total;
-}
-
-std::vector<double> evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads,
-                             const std::vector<double>& coefficients, const std::vector<int64_t>& orders,
-                             Options options) {
-  std::vector<double> values;
-  for (size_t k = 0; k < orders.size(); ++k) {
-    options.order = orders[k];
-    values.push_back(evaluate_order(weights, grads, coefficients[k], options));
-  }
-  return values;
-}
-
-Tensor tensor_of(const std::vector<double>& values, const std::vector<Tensor>& weights) {
-  const bool wide = !weights.empty() && weights[0].scalar_type() == ScalarType::Double;
-  Tensor result =
-      torch::stable::empty({static_cast<int64_t>(values.size())}, wide ? ScalarType::Double : ScalarType::Float);
-  if (wide) {
-    std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
-  } else {
-    std::copy(values.begin(), values.end(), result.mutable_data_ptr<float>());
+// `tensor`, which has one number per order.
+PerOrder per_order(const Tensor& tensor, const char* name, const DifferenceOptions& options) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == (options.orders == 3 ? 2 : 1) &&
+                      (dtype == ScalarType::Double || dtype == ScalarType::Float),
+                  name, " must have one float64 or float32 entry per order, on the CPU");
+  PerOrder result{};
+  int64_t at = 0;
+  for (int64_t order = 1; order <= 2; ++order) {
+    if (!options.has(order)) continue;
+    result[order - 1] =
+        dtype == ScalarType::Double ? tensor.const_data_ptr<double>()[at] : tensor.const_data_ptr<float>()[at];
+    at += tensor.stride(0);
   }
   return result;
 }
 
-// `tensor`, one number per order, in double.
-std::vector<double> numbers_of(const Tensor& tensor, const char* name, size_t count) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == static_cast<int64_t>(count), name,
-                  " must have one entry per order, on the CPU");
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
-  const double* data = wide.const_data_ptr<double>();
-  return {data, data + count};
+Tensor to_tensor(const PerOrder& terms, const DifferenceOptions& options) {
+  const bool wide = options.dtype == Dtype::kFloat64;
+  Tensor result = torch::stable::empty({options.orders == 3 ? 2 : 1}, wide ? ScalarType::Double : ScalarType::Float);
+  for (int64_t order = 1, at = 0; order <= 2; ++order) {
+    if (!options.has(order)) continue;
+    if (wide) {
+      result.mutable_data_ptr<double>()[at++] = terms[order - 1];
+    } else {
+      result.mutable_data_ptr<float>()[at++] = static_cast<float>(terms[order - 1]);
+    }
+  }
+  return result;
+}
+
+// The terms of all weights; grads, unless null, get the coefficients times their gradients added.
+Tensor evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads, const std::vector<int64_t>& dims,
+                const DifferenceOptions& options) {
+  const int64_t lowest = options.orders & 1 ? 1 : 2;
+  std::vector<DifferenceTensor> tensors;
+  std::vector<Tensor> copies;                       // weights in another layout
+  std::vector<std::pair<Tensor, Tensor>> replaced;  // a gradient and what is computed in its place
+  for (size_t t = 0; t < weights.size(); ++t) {
+    const Tensor *weight = &weights[t], *grad = grads ? &(*grads)[t] : nullptr;
+    DifferenceTensor tensor;
+    if (!describe(*weight, dims, lowest, tensor) || (grad && !same_strides(*weight, *grad))) {
+      weight = &copies.emplace_back(torch::stable::contiguous(*weight));
+      if (grad && !same_strides(*weight, *grad)) {
+        grad = &replaced.emplace_back(*grad, torch::stable::contiguous(*grad)).second;
+      }
+      describe(*weight, dims, lowest, tensor);
+    }
+    if (tensor.axes.empty()) continue;
+    tensor.weight = weight->const_data_ptr();
+    if (grad) tensor.grad = grad->mutable_data_ptr();
+    tensors.push_back(std::move(tensor));
+  }
+  const PerOrder terms = cpu::difference(options, tensors, [](int64_t size, int64_t grain, const auto& body) {
+    torch::stable::parallel_for(0, size, grain, body);
+  });
+  for (auto& [grad, copy] : replaced) torch::stable::copy_(grad, copy);
+  return to_tensor(terms, options);
 }
 
 Tensor difference_penalty(const std::vector<Tensor>& weights, const std::vector<int64_t>& orders,
                           const std::vector<int64_t>& dim, const std::string& norm, bool normalized, double eps) {
-  const Options options = make_options(orders, dim, norm, normalized, eps);
-  check_weights(weights);
-  return tensor_of(evaluate(weights, nullptr, std::vector<double>(orders.size(), 1), orders, options), weights);
+  return evaluate(weights, nullptr, dim, make_options(weights, orders, norm, normalized, eps));
 }
 
 std::vector<Tensor> difference_penalty_backward(const Tensor& grad, const std::vector<Tensor>& weights,
                                                 const std::vector<int64_t>& orders, const std::vector<int64_t>& dim,
                                                 const std::string& norm, bool normalized, double eps) {
-  const Options options = make_options(orders, dim, norm, normalized, eps);
-  check_weights(weights);
-  const std::vector<double> coefficients = numbers_of(grad, "grad", orders.size());
+  DifferenceOptions options = make_options(weights, orders, norm, normalized, eps);
+  options.coefficients = per_order(grad, "grad", options);
   std::vector<Tensor> grads;
   for (const Tensor& weight : weights) {
     grads.push_back(torch::stable::empty_like(weight));
     torch::stable::zero_(grads.back());
   }
-  evaluate(weights, &grads, coefficients, orders, options);
+  evaluate(weights, &grads, dim, options);
   return grads;
 }
 
@@ -345,11 +209,11 @@ Tensor difference_penalty_accumulate_(const std::vector<Tensor>& grads, const st
                                       const Tensor& coefficients, const std::vector<int64_t>& orders,
                                       const std::vector<int64_t>& dim, const std::string& norm, bool normalized,
                                       double eps) {
-  const Options options = make_options(orders, dim, norm, normalized, eps);
-  check_weights(weights);
+  DifferenceOptions options = make_options(weights, orders, norm, normalized, eps);
+  options.coefficients = per_order(coefficients, "coefficients", options);
   check_grads(grads, weights);
-  const std::vector<double> factors = numbers_of(coefficients, "coefficients", orders.size());
-  return tensor_of(evaluate(weights, &grads, factors, orders, options), weights);
+  if (!grads.empty()) options.grad_dtype = dtype_of(grads[0]);
+  return evaluate(weights, &grads, dim, options);
 }
 
 }  // namespace

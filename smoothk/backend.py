@@ -33,9 +33,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 # Not yet run on a GPU: taken only where asked for by name.
 UNVERIFIED = {("difference_penalty", "triton"), ("polar_factors", "triton")}
 
-CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-TRITON_DTYPES = {
-    "difference_penalty": (*CPP_DTYPES, torch.float16),
+# Of the weights that the kernels of an op take.
+KERNEL_DTYPES = {
+    "difference_penalty": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "polar_factors": (torch.float32, torch.bfloat16, torch.float16),
 }
 
@@ -100,12 +100,12 @@ def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor], grads: Sequen
         reason = unavailable_reason(name)
         if reason is not None:
             return reason
-        device, dtypes = triton_device(), TRITON_DTYPES[op]
+        device = triton_device()
     else:
-        device, dtypes = "cpu", CPP_DTYPES
+        device = "cpu"
     return (
-        _tensor_obstacle(tensors, device, dtypes)
-        or _tensor_obstacle(grads, device, dtypes)
+        _tensor_obstacle(tensors, device, KERNEL_DTYPES[op])
+        or _tensor_obstacle(grads, device, KERNEL_DTYPES[op])
         or _dtype_obstacle(tensors, grads)
         or unavailable_reason(name)
     )
@@ -119,7 +119,7 @@ def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
     return f"it takes gradients of {tensors[0].dtype}, or float32 ones of half precision, got {grads[0].dtype}"
 
 
-def _tensor_obstacle(tensors: Sequence[torch.Tensor], device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _tensor_obstacle(tensors: Sequence[torch.Tensor], device: str, dtypes: Sequence[torch.dtype]) -> str | None:
     transforms = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     for tensor in tensors:
         # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.

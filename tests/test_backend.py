@@ -31,7 +31,7 @@ class Subclass(Tensor):
 
 
 def test_the_fastest_backend_that_can_run_is_chosen() -> None:
-    for dtype in backend.CPP_DTYPES:
+    for dtype in backend.KERNEL_DTYPES["difference_penalty"]:
         tensors = [torch.ones(3, dtype=dtype), torch.nn.Parameter(torch.ones(2, 2, dtype=dtype))]
         assert choose("difference_penalty", None, tensors) == FASTEST
     assert choose("difference_penalty", None, []) == FASTEST
@@ -42,13 +42,13 @@ def test_the_fastest_backend_that_can_run_is_chosen() -> None:
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ([torch.ones(3).half()], "float16"),
+        ([torch.ones(3, dtype=torch.float8_e5m2)], "float8_e5m2"),
         ([torch.ones(3), torch.ones(3).double()], "one dtype, got torch.float32 and torch.float64"),
         ([torch.ones(3), torch.ones(3, device="meta")], "on the CPU, got a torch.strided tensor on meta"),
         ([torch.ones(3, 3).to_sparse()], "got a torch.sparse_coo tensor on cpu"),
         ([torch.ones(3).as_subclass(Subclass)], "plain tensors, got Subclass"),
     ],
-    ids=["float16", "mixed", "meta", "sparse", "subclass"],
+    ids=["float8", "mixed", "meta", "sparse", "subclass"],
 )
 def test_tensors_that_the_extension_cannot_take(tensors: list[Tensor], reason: str) -> None:
     with warnings.catch_warnings():

@@ -15,7 +15,7 @@ import torch
 from conftest import assert_close_rel
 from torch import Tensor
 
-from smoothk.backend import CPP_DTYPES, unavailable_reason
+from smoothk.backend import KERNEL_DTYPES, unavailable_reason
 from smoothk.functional import NORMS
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
@@ -33,8 +33,11 @@ def backward(*args) -> list[Tensor]:
     return torch.ops.smoothk.difference_penalty_backward(*args)
 
 
-def accumulate(grads: list[Tensor], weights: list[Tensor], orders: list[int], *options) -> Tensor:
-    coefficients = COEFFICIENTS[: len(orders)]
+def accumulate(
+    grads: list[Tensor], weights: list[Tensor], orders: list[int], *options, coefficients: Tensor | None = None
+) -> Tensor:
+    if coefficients is None:
+        coefficients = COEFFICIENTS[: len(orders)]
     return torch.ops.smoothk.difference_penalty_accumulate_(grads, weights, coefficients, orders, *options)
 
 
@@ -73,7 +76,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES["difference_penalty"], ids=str)
 @pytest.mark.parametrize(("orders", "norm", "normalized"), OPTIONS)
 def test_accumulate_adds_the_scaled_gradient(
     layout: str, dtype: torch.dtype, orders: list[int], norm: str, normalized: bool
@@ -92,22 +95,53 @@ def test_accumulate_adds_the_scaled_gradient(
             assert_close_rel(grad, start.double() + torch.from_numpy(gradient), dtype)
 
 
-def test_bfloat16_weights_take_float32_gradients() -> None:
-    weight = torch.randn(9, 6).bfloat16()
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_half_precision_weights_take_float32_gradients(dtype: torch.dtype) -> None:
+    weight = torch.randn(19, 6).to(dtype)
     for orders, norm, normalized in OPTIONS:
-        grad = torch.zeros(9, 6)
+        grad = torch.zeros(19, 6)
         accumulate([grad], [weight], orders, [0, 1], norm, normalized, EPS)
         assert_close_rel(grad, expected([weight], orders, [0, 1], norm, normalized)[1][0], torch.float32)
 
 
-def test_bfloat16_gradients_are_rounded_to_nearest_even() -> None:
-    # Integers make the gradient exact, so that only the last rounding is left.
-    weight = torch.randint(-8, 9, (40, 50)).bfloat16()
-    grad = torch.randn(40, 50).mul(64).bfloat16()
-    exact = torch.from_numpy(expected([weight], [1], [0], "l2", False)[1][0]).float()
-    wanted = (grad.float() + exact).bfloat16()
-    accumulate([grad], [weight], [1], [0], "l2", False, EPS)
-    assert torch.equal(grad, wanted)
+@pytest.mark.parametrize("dims", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_half_precision_gradients_are_rounded_to_nearest_even(dtype: torch.dtype, dims: list[int]) -> None:
+    # Integers, the same in a row, make the gradient exact, so that only the last rounding is left: of normal numbers, of
+    # subnormal ones, to Inf.
+    weight = torch.randint(-8, 9, (40, 1)).to(dtype).repeat(1, 300)
+    grad = torch.randn(40, 300).mul(torch.logspace(-10, 5, 300)).to(dtype)
+    for scale in (2.0, 2.0**-20, 2.0**13):
+        terms = [numpy_reference.difference_penalty([weight.double().numpy()], order, dims) for order in (1, 2)]
+        exact = scale * terms[0][1][0] + scale / 4 * terms[1][1][0]
+        wanted = (grad.float() + torch.from_numpy(exact).float()).to(dtype)
+        actual = grad.clone()
+        coefficients = torch.tensor([scale, scale / 4], dtype=torch.float64)
+        accumulate([actual], [weight], [1, 2], dims, "l2", False, EPS, coefficients=coefficients)
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("dims", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_every_half_precision_gradient_survives_adding_zero(dtype: torch.dtype, dims: list[int]) -> None:
+    grad = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(16, 4096)
+    before = grad.clone()
+    accumulate([grad], [torch.ones(16, 4096, dtype=dtype)], [1], dims, "l2", False, EPS)
+    torch.testing.assert_close(grad, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_every_half_precision_weight_is_read_right(dtype: torch.dtype) -> None:
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, -1).repeat(9, 1)
+    entries = weight[0].float()
+    weight[1::2] = 0
+    grad = torch.zeros(9, 2**16)
+    accumulate([grad], [weight], [1], [0], "l2", False, EPS, coefficients=torch.tensor([0.5], dtype=torch.float64))
+    wanted = torch.stack([entries, *[-2 * entries, 2 * entries] * 3, -2 * entries, entries])
+    torch.testing.assert_close(grad, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_backward_is_the_gradient_in_the_strides_of_the_weight() -> None:
@@ -150,7 +184,7 @@ def many_tiles(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES["difference_penalty"], ids=str)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     weights = many_tiles(dtype)
     for orders, norm, normalized in OPTIONS[::5]:  # every norm, both orders, one pass and two
@@ -216,25 +250,31 @@ def test_accumulate_allocates_no_tensor_of_a_weights_size(orders: list[int], nor
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("order must be 1 or 2, got 3", {"orders": [1, 3]}),
+        ("orders must be 1 or 2, got 3", {"orders": [1, 3]}),
+        (r"orders must be \[1\], \[2\] or \[1, 2\]", {"orders": [2, 1]}),
+        (r"orders must be \[1\], \[2\] or \[1, 2\]", {"orders": []}),
         ("norm must be one of l2, l1, l21, huber, got l3", {"norm": "l3"}),
-        ("dtype must be float32, float64 or bfloat16, got Half", {"weights": [torch.ones(4, 3).half()] * 2}),
+        ("dtype must be float32, float64, bfloat16 or float16, got Int", {"weights": [torch.ones(4, 3).int()] * 2}),
         ("weights must have one dtype", {"weights": [torch.ones(4, 3), torch.ones(2, 5).double()]}),
         ("grads must have one tensor per weight, got 1 for 2", {"grads": [torch.ones(4, 3)]}),
         (r"grads\[1\] must have the shape of weights\[1\]", {"grads": [torch.ones(4, 3), torch.ones(5, 2)]}),
         ("grads must have the dtype of the weights", {"grads": [torch.ones(4, 3).double(), torch.ones(2, 5).double()]}),
-        ("coefficients must have one entry per order", {"orders": [1, 2, 1]}),
+        ("coefficients must have one float64 or float32 entry per order", {"coefficients": torch.ones(2).double()}),
+        ("coefficients must have one float64 or float32 entry per order", {"coefficients": torch.ones(1).int()}),
         ("grads must not share memory", {"weights": [torch.ones(4, 3)] * 2, "grads": [torch.ones(4, 3)] * 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_arguments_change_nothing(message: str, change: dict) -> None:
     arguments = {"weights": [torch.randn(4, 3), torch.randn(2, 5)], "grads": [torch.ones(4, 3), torch.ones(2, 5)]}
-    arguments |= {"orders": [1], "norm": "l2"} | change
+    arguments |= {"orders": [1], "norm": "l2", "coefficients": torch.ones(1, dtype=torch.float64)} | change
     grads = arguments["grads"]
     before = [grad.clone() for grad in grads]
     with pytest.raises(RuntimeError, match=message):
-        accumulate(grads, arguments["weights"], arguments["orders"], [0], arguments["norm"], False, EPS)
+        torch.ops.smoothk.difference_penalty_accumulate_(
+            *(arguments[name] for name in ("grads", "weights", "coefficients", "orders")),
+            [0], arguments["norm"], False, EPS,
+        )  # fmt: skip
     assert all(map(torch.equal, grads, before))
 
 

@@ -1,372 +1,441 @@
-// Finite-difference penalty on the CPU: value and gradient in one pass over the weight.
+// Finite-difference penalty on the CPU.
 //
-// The gradient is gathered: entry i collects from the differences d[i], d[i-1] (and d[i-2]) that contain it, so
-// tiles write disjoint rows and need no order among them. bf16 is computed in float; sums go on in double after
-// every kChunk entries.
+// The gradient is gathered: an entry collects from all differences it lies in, so that tiles write disjoint entries and
+// need no order among them. All axes and orders work on a chunk before the next is read: one pass over the memory.
 #include "../difference.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
-#define SMOOTHK_INLINE inline __attribute__((always_inline))
+#include "difference_kernel.h"
 
-// One copy of the kernels per instruction set, chosen when the library is loaded. AVX-512 measured no faster:
-// memory is the limit.
-#if defined(__x86_64__) && defined(__linux__)
-#define SMOOTHK_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define SMOOTHK_CLONES
-#endif
-
-namespace smoothk {
+namespace smoothk::cpu {
 namespace {
 
-constexpr int64_t kTile = 32768;    // entries: 128 KiB of float32, so a tile and its gradient stay in L2
-constexpr int64_t kColumns = 1024;  // five float32 rows of a second-order stencil stay in L1
-constexpr int64_t kChunk = 512;     // entries summed in float before the sum goes on in double
+// Entries. They depend on nothing but shapes, and so does the order of all sums.
+constexpr int64_t kTile = 65536;
+constexpr int64_t kChunk = 1024;  // of a row: a block of them, its neighbours and its gradient stay in L1
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-SMOOTHK_INLINE float load(const float* p) { return *p; }
-SMOOTHK_INLINE double load(const double* p) { return *p; }
-SMOOTHK_INLINE float load(const BFloat16* p) { return std::bit_cast<float>(uint32_t{p->bits} << 16); }
-
-SMOOTHK_INLINE void store(float* p, float x) { *p = x; }
-SMOOTHK_INLINE void store(double* p, double x) { *p = x; }
-SMOOTHK_INLINE void store(BFloat16* p, float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);           // rounding could turn a NaN into Inf
-}
+constexpr int64_t kCached = 8 << 20;  // bytes of weights that a second pass may still find in cache
+constexpr int64_t kShortSpan = 64, kShortPeriod = 1024;
 
 template <class T>
-using Compute = decltype(load(static_cast<const T*>(nullptr)));
+struct Axis : DifferenceAxis {
+  // Runs of equal index too short for loops of their own: the entries are handled in one loop, under masks.
+  bool periodic;
+  // Then by order, for the entries from two spans before a period to a chunk after it: the factor of the difference
+  // that starts there, -1 where there is none.
+  std::vector<Compute<T>> masks[2];
+  // kL21, by order: the sum of squares of every group, and once its value is known 1 / length.
+  std::vector<double> groups[2];
 
-// phi(d) and its derivative. A NaN comes through every branch.
-struct Square {
-  template <class C>
-  static SMOOTHK_INLINE C value(C d) {
-    return d * d;
-  }
-  template <class C>
-  static SMOOTHK_INLINE C slope(C d) {
-    return 2 * d;
-  }
+  int64_t period() const { return span * length; }
 };
 
-struct Absolute {
-  template <class C>
-  static SMOOTHK_INLINE C value(C d) {
-    return d < 0 ? -d : d;
-  }
-  template <class C>
-  static SMOOTHK_INLINE C slope(C d) {
-    d = d > 0 ? C(1) : d;
-    return d < 0 ? C(-1) : d;
-  }
+template <class T>
+struct Weight {
+  const T* data;
+  int64_t size, run, pitch;
+  PerOrder factor;  // grad += sum over orders of factor * derivative + decay * W
+  double decay = 0;
+  Compute<T>* grad = nullptr;  // either this
+  T* narrow_grad = nullptr;    // or this, where T is narrower; both null: value only
+  std::vector<Axis<T>> axes{};
+  int block = -1;  // the axis along which blocks of rows are handled at once
+  PerOrder value{};
+  double squares = 0;
+
+  bool has_grad() const { return grad || narrow_grad; }
+  const Axis<T>* block_axis() const { return block < 0 ? nullptr : &axes[block]; }
+  int64_t offset(int64_t q) const { return q / run * pitch + q % run; }
 };
 
-struct Huber {  // delta = 1
-  template <class C>
-  static SMOOTHK_INLINE C value(C d) {
-    const C a = Absolute::value(d);
-    return a > 1 ? a - C(0.5) : C(0.5) * d * d;
-  }
-  template <class C>
-  static SMOOTHK_INLINE C slope(C d) {
-    d = d > 1 ? C(1) : d;
-    return d < -1 ? C(-1) : d;
-  }
+using Groups = std::array<std::vector<double>, 2>;  // by order
+
+// What a tile adds up.
+struct Partial {
+  PerOrder value{};
+  double squares = 0;
+  std::vector<Groups> groups;  // kL21, by axis: those that the tile touches, from its first entry's on
 };
 
-// Which of the differences d[i], d[i-1], d[i-2] that contain entry i exist: bits 0, 1, 2. It is a template
-// argument because compilers give up on vectorizing loops that test it.
-constexpr unsigned kHas0 = 1, kHas1 = 2, kHas2 = 4;
-
-// Factors of the slopes of d[i], d[i-1] and d[i-2].
 template <class C>
-struct Factors {
-  C at[3];
+constexpr std::array<C, kChunk> constant(C x) {
+  std::array<C, kChunk> result{};
+  result.fill(x);
+  return result;
+}
+template <class C>
+constexpr std::array<C, kChunk> kExists = constant<C>(1);
+template <class C>
+constexpr std::array<C, kChunk> kMissing = constant<C>(-1);
+
+// Entries [begin, end) of a weight.
+template <class T>
+class Tile {
+ public:
+  Tile(const DifferenceOptions& options, const Weight<T>& weight, bool gradient, int64_t begin, int64_t end,
+       Partial& partial)
+      : options_(options), weight_(weight), gradient_(gradient), begin_(begin), end_(end), partial_(partial) {}
+
+  void run() {
+    if (grouped()) reserve_groups();
+    const Axis<T>* axis = gradient_ ? weight_.block_axis() : nullptr;
+    for (int64_t q = begin_; q < end_;) {
+      const int64_t row_end = axis ? std::min(end_, (q / axis->span + 1) * axis->span) : end_;
+      const int64_t rows = axis && starts_block(*axis, q) ? kBlock : 1;
+      const int64_t most = rows == kBlock && one_term() ? row_end - q : kChunk;  // read once: no need of a cache
+      for (int64_t c = q; c < row_end;) {
+        const int64_t count = std::min({most, row_end - c, weight_.run - c % weight_.run});
+        chunk(c, count, rows);
+        c += count;
+      }
+      q = row_end + (rows > 1 ? (rows - 1) * axis->span : 0);
+    }
+    if (grouped()) finish_groups();
+  }
+
+ private:
+  using C = Compute<T>;
+
+  bool grouped() const { return options_.norm == Norm::kL21 && !gradient_; }
+
+  bool one_term() const { return weight_.axes.size() == 1 && weight_.decay == 0; }
+
+  bool starts_block(const Axis<T>& axis, int64_t q) const {
+    const int64_t i = q / axis.span % axis.length;
+    return q % axis.span == 0 && q + kBlock * axis.span <= end_ && options_.reach() <= i &&
+           i + kBlock + options_.reach() <= axis.length;
+  }
+
+  // Entries [q, q + count), and those below them in a block.
+  void chunk(int64_t q, int64_t count, int64_t rows) {
+    const int64_t span = rows > 1 ? weight_.block_axis()->span : 0;
+    const int64_t stride = rows > 1 ? weight_.block_axis()->stride : 0;
+    const int64_t offset = weight_.offset(q);
+    // A gradient in half precision is rounded once, after all axes.
+    const bool widened = gradient_ && weight_.narrow_grad && !(one_term() && rows == kBlock);
+    C wide[kBlock * kChunk];
+    void* out[kBlock] = {};
+    for (int64_t r = 0; r < rows && gradient_; ++r) {
+      const int64_t at = offset + r * stride;
+      if (!weight_.narrow_grad) {
+        out[r] = weight_.grad + at;
+      } else if (!widened) {
+        out[r] = weight_.narrow_grad + at;
+      } else {
+        out[r] = wide + r * kChunk;
+        widen(weight_.narrow_grad + at, wide + r * kChunk, count);
+      }
+    }
+    for (size_t a = 0; a < weight_.axes.size(); ++a) {
+      const Axis<T>& axis = weight_.axes[a];
+      if (rows > 1 && &axis == weight_.block_axis()) {
+        along_block(axis, q, offset, out, !widened && weight_.narrow_grad, count);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto along = axis.periodic ? &Tile::along_periodic : &Tile::along_rows;
+        (this->*along)(a, q + r * span, offset + r * stride, static_cast<C*>(out[r]), count);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = offset + r * stride;
+      if (!gradient_ && options_.normalized) partial_.squares += sum_of_squares(weight_.data + at, count);
+      if (gradient_ && weight_.decay != 0) {
+        add_scaled(static_cast<C*>(out[r]), weight_.decay, weight_.data + at, count);
+      }
+      if (widened) narrow(wide + r * kChunk, weight_.narrow_grad + at, count);
+    }
+  }
+
+  C factor(int64_t order) const {
+    return static_cast<C>(weight_.factor[order - 1] * (options_.norm == Norm::kL2 ? 2 : 1));
+  }
+
+  // Factors and masks of the differences that `rows` rows from the i-th on lie in.
+  void set_differences(Stencil<T>& stencil, const Axis<T>& axis, int64_t i, int64_t rows) const {
+    for (int64_t order = 1; order <= 2; ++order) {
+      for (int64_t k = 0; k < rows + order && options_.has(order); ++k) {
+        const int64_t m = i - order + k;
+        const bool exists = 0 <= m && m < axis.length - order;
+        const bool by_group = gradient_ && options_.norm == Norm::kL21 && exists;
+        stencil.factor[order - 1][k] = factor(order) * (by_group ? static_cast<C>(axis.groups[order - 1][m]) : 1);
+        if (rows == 1) stencil.mask[order - 1][k] = (exists ? kExists<C> : kMissing<C>).data();
+      }
+    }
+  }
+
+  void along_block(const Axis<T>& axis, int64_t q, int64_t offset, void* const* out, bool narrow, int64_t count) {
+    Stencil<T> stencil{};
+    for (int64_t r = 0; r < kBlock + 4; ++r) stencil.row[r] = weight_.data + offset + (r - 2) * axis.stride;
+    std::copy_n(out, kBlock, stencil.out);
+    stencil.narrow = narrow;
+    set_differences(stencil, axis, q / axis.span % axis.length, kBlock);
+    sweep(options_.norm, options_.orders, Kind::kBlock, stencil, count, partial_.value.data());
+  }
+
+  // By runs of entries that lie in the same differences, or in all there can be.
+  void along_rows(size_t a, int64_t q, int64_t offset, C* out, int64_t count) {
+    const Axis<T>& axis = weight_.axes[a];
+    const int64_t reach = options_.reach();
+    while (count > 0) {
+      const int64_t row = q / axis.span, i = row % axis.length;
+      const int64_t before = std::min(i, reach), after = std::min(axis.length - 1 - i, reach);
+      const bool inside = before == reach && after == reach;
+      const int64_t rows = inside && options_.norm != Norm::kL21 ? axis.length - reach - i : 1;
+      const int64_t length = std::min(count, (row + rows) * axis.span - q);
+      Stencil<T> stencil{};
+      for (int64_t k = -2; k <= 2; ++k) {
+        const bool exists = -before <= k && k <= after;  // the place of a missing one is taken by any other
+        stencil.row[2 + k] = weight_.data + offset + (exists ? k * axis.stride : 0);
+      }
+      stencil.out[0] = out;
+      set_differences(stencil, axis, i, 1);
+      PerOrder sums{};
+      sweep(options_.norm, options_.orders, inside ? Kind::kInside : Kind::kMasked, stencil, length, sums.data());
+      for (int order = 0; order < 2; ++order) {
+        double& sum =
+            grouped() ? partial_.groups[a][order][(row - begin_ / axis.span) % axis.length] : partial_.value[order];
+        sum += sums[order];
+      }
+      q += length, offset += length, count -= length;
+      if (out) out += length;
+    }
+  }
+
+  void along_periodic(size_t a, int64_t q, int64_t offset, C* out, int64_t count) {
+    const Axis<T>& axis = weight_.axes[a];
+    const T* w = weight_.data + offset;
+    const int64_t halo = 2 * axis.span, extent = weight_.offset(weight_.size - 1) + 1;
+    T padded[kChunk + 4 * kShortSpan];
+    if (offset < halo || offset + count + halo > extent) {  // neighbours outside are masked, but read
+      std::fill_n(padded, count + 2 * halo, T{});
+      const int64_t begin = std::max<int64_t>(offset - halo, 0), end = std::min(offset + count + halo, extent);
+      std::copy(weight_.data + begin, weight_.data + end, padded + halo + begin - offset);
+      w = padded + halo;
+    }
+    Stencil<T> stencil{};
+    for (int64_t k = -2; k <= 2; ++k) stencil.row[2 + k] = w + k * axis.span;
+    stencil.out[0] = out;
+    for (int64_t order = 1; order <= 2; ++order) {
+      if (!options_.has(order)) continue;
+      for (int64_t k = 0; k <= order; ++k) {
+        stencil.factor[order - 1][k] = factor(order);
+        stencil.mask[order - 1][k] = axis.masks[order - 1].data() + q % axis.period() + (2 - order + k) * axis.span;
+      }
+      if (grouped()) stencil.squares[order - 1] = squares_[a][order - 1].data() + (q - begin_) % axis.period();
+    }
+    sweep(options_.norm, options_.orders, grouped() ? Kind::kGrouped : Kind::kMasked, stencil, count,
+          partial_.value.data());
+  }
+
+  void reserve_groups() {
+    for (const Axis<T>& axis : weight_.axes) {
+      const int64_t size = end_ - begin_, period = axis.period();
+      const int64_t touched = std::min(axis.length, (end_ - 1) / axis.span - begin_ / axis.span + 1);
+      for (auto& groups : partial_.groups.emplace_back()) groups.resize(touched);
+      for (auto& squares : squares_.emplace_back()) {
+        if (axis.periodic) squares.resize(period < size ? period + kChunk : size);
+      }
+    }
+  }
+
+  // Periodic axes have their sums by position in a period that begins where the tile does.
+  void finish_groups() {
+    for (size_t a = 0; a < squares_.size(); ++a) {
+      const Axis<T>& axis = weight_.axes[a];
+      for (int order = 0; order < 2; ++order) {
+        const std::vector<C>& squares = squares_[a][order];
+        std::vector<double>& groups = partial_.groups[a][order];
+        size_t group = 0, position = 0;
+        for (size_t end = axis.span - begin_ % axis.span; position < squares.size(); end += axis.span) {
+          double sum = 0;
+          for (; position < std::min(end, squares.size()); ++position) sum += squares[position];
+          groups[group] += sum;
+          group = group + 1 < groups.size() ? group + 1 : 0;
+        }
+      }
+    }
+  }
+
+  const DifferenceOptions& options_;
+  const Weight<T>& weight_;
+  const bool gradient_;
+  const int64_t begin_, end_;
+  Partial& partial_;
+  std::vector<std::array<std::vector<C>, 2>> squares_;
 };
 
-// w[0..count) share a pattern; rows lie `stride` entries apart. Adds the gradient to grad[0..count) and
-// returns the sum of phi(d[i]).
-template <class T, class G, class Phi, int Order, bool Grad, unsigned Exists>
-SMOOTHK_INLINE Compute<T> sweep(const T* w, G* __restrict grad, int64_t count, int64_t stride,
-                                const Factors<Compute<T>>& factors) {
+template <class T>
+class Evaluation {
+ public:
+  Evaluation(const DifferenceOptions& options, const ParallelFor& parallel_for)
+      : options_(options), parallel_for_(parallel_for) {}
+
+  // The penalty of some tensors; they have gradients, or none has.
+  PerOrder operator()(const DifferenceTensor* tensors, int64_t count) {
+    weights_.clear();
+    for (int64_t t = 0; t < count; ++t) weights_.push_back(make_weight(tensors[t]));
+    const bool gradient = tensors[0].grad != nullptr;
+    pass(gradient && options_.one_pass());
+    PerOrder total{};
+    for (Weight<T>& weight : weights_) {
+      if (options_.norm == Norm::kL21) finish_groups(weight);
+      if (options_.normalized) normalize(weight);
+      for (int order = 0; order < 2; ++order) total[order] += weight.value[order];
+    }
+    if (gradient && !options_.one_pass()) pass(true);
+    return total;
+  }
+
+ private:
   using C = Compute<T>;
-  constexpr bool has0 = Exists & kHas0, has1 = Exists & kHas1, has2 = Exists & kHas2;
-  const C f0 = factors.at[0], f1 = factors.at[1], f2 = factors.at[2];
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) {
-    const T* here = w + j;
-    const C x = load(here);
-    // Second differences as differences of differences: neighbours are close, so the first ones are exact.
-    C next = 0, previous = 0, d0 = 0, d1 = 0, d2 = 0;
-    if constexpr (has0 || (Order == 2 && has1)) next = load(here + stride) - x;
-    if constexpr (has1 || has2) previous = x - load(here - stride);
-    if constexpr (Order == 1) {
-      d0 = next;
-      d1 = previous;
+
+  Weight<T> make_weight(const DifferenceTensor& tensor) const {
+    Weight<T> weight{static_cast<const T*>(tensor.weight), tensor.size, tensor.run, tensor.pitch,
+                     options_.coefficients};
+    if (options_.grad_dtype == options_.dtype && sizeof(T) < sizeof(C)) {
+      weight.narrow_grad = static_cast<T*>(tensor.grad);
     } else {
-      if constexpr (has0) d0 = (load(here + 2 * stride) - load(here + stride)) - next;
-      if constexpr (has1) d1 = next - previous;
-      if constexpr (has2) d2 = previous - (load(here - stride) - load(here - 2 * stride));
+      weight.grad = static_cast<C*>(tensor.grad);
     }
-    if constexpr (has0) sum += Phi::value(d0);
-    if constexpr (Grad) {
-      C g = 0;
-      if constexpr (has0) g += (Order == 1 ? -f0 : f0) * Phi::slope(d0);
-      if constexpr (has1) g += (Order == 1 ? f1 : -2 * f1) * Phi::slope(d1);
-      if constexpr (has2) g += f2 * Phi::slope(d2);
-      store(grad + j, load(grad + j) + g);
+    const bool grouped = options_.norm == Norm::kL21;
+    for (const DifferenceAxis& shape : tensor.axes) {
+      Axis<T> axis{shape, false, {}, {}};
+      const bool short_period = grouped || axis.period() <= kShortPeriod;
+      axis.periodic = axis.span < kShortSpan && axis.span == axis.stride && short_period;
+      for (int64_t order = 1; order <= 2; ++order) {
+        if (!options_.has(order)) continue;
+        if (axis.periodic) set_mask(axis, order, false);
+        if (grouped) axis.groups[order - 1].resize(axis.length);
+      }
+      const bool wider = weight.block < 0 || axis.span > weight.axes[weight.block].span;
+      if (axis.span >= kShortSpan && axis.length >= kBlock + 2 * options_.reach() && wider) {
+        weight.block = static_cast<int>(weight.axes.size());
+      }
+      weight.axes.push_back(std::move(axis));
+    }
+    return weight;
+  }
+
+  static void set_mask(Axis<T>& axis, int64_t order, bool by_group) {
+    std::vector<C>& mask = axis.masks[order - 1];
+    mask.resize(2 * axis.span + axis.period() + kChunk);
+    int64_t i = axis.length - 2;
+    for (auto at = mask.begin(); at != mask.end(); i = (i + 1) % axis.length) {
+      const C factor = by_group && i + order < axis.length ? static_cast<C>(axis.groups[order - 1][i]) : C(1);
+      const int64_t count = std::min<int64_t>(axis.span, mask.end() - at);
+      at = std::fill_n(at, count, i + order < axis.length ? factor : C(-1));
     }
   }
-  return sum;
-}
 
-template <class T, class G, class Phi, int Order, bool Grad>
-SMOOTHK_INLINE Compute<T> sweep(unsigned exists, const T* w, G* grad, int64_t count, int64_t stride,
-                                const Factors<Compute<T>>& factors) {
-  if constexpr (!Grad) {
-    return exists & kHas0 ? sweep<T, G, Phi, Order, false, kHas0>(w, grad, count, stride, factors) : 0;
-  } else if constexpr (Order == 1) {
-    switch (exists) {
-      case kHas0:
-        return sweep<T, G, Phi, 1, true, kHas0>(w, grad, count, stride, factors);
-      case kHas0 | kHas1:
-        return sweep<T, G, Phi, 1, true, kHas0 | kHas1>(w, grad, count, stride, factors);
-      case kHas1:
-        return sweep<T, G, Phi, 1, true, kHas1>(w, grad, count, stride, factors);
+  void pass(bool gradient) {
+    struct Range {
+      Weight<T>* weight;
+      int64_t begin, end;
+      int64_t start;  // counted over all weights
+      Partial partial;
+    };
+    std::vector<Range> tiles;
+    int64_t total = 0;
+    for (Weight<T>& weight : weights_) {
+      const int64_t block = weight.block < 0 ? 1 : kBlock * weight.axes[weight.block].span;
+      const int64_t size = block > 4 * kTile ? kTile : std::max(kTile / block, int64_t{1}) * block;
+      for (int64_t begin = 0; begin < weight.size; begin += size) {
+        tiles.push_back({&weight, begin, std::min(weight.size, begin + size), total + begin, {}});
+      }
+      total += weight.size;
     }
-  } else {
-    switch (exists) {
-      case kHas0:
-        return sweep<T, G, Phi, 2, true, kHas0>(w, grad, count, stride, factors);
-      case kHas0 | kHas1:
-        return sweep<T, G, Phi, 2, true, kHas0 | kHas1>(w, grad, count, stride, factors);
-      case kHas0 | kHas1 | kHas2:
-        return sweep<T, G, Phi, 2, true, kHas0 | kHas1 | kHas2>(w, grad, count, stride, factors);
-      case kHas1 | kHas2:
-        return sweep<T, G, Phi, 2, true, kHas1 | kHas2>(w, grad, count, stride, factors);
-      case kHas2:
-        return sweep<T, G, Phi, 2, true, kHas2>(w, grad, count, stride, factors);
-      case kHas1:  // the middle one of three rows
-        return sweep<T, G, Phi, 2, true, kHas1>(w, grad, count, stride, factors);
+    parallel_for_(total, kTile, [&](int64_t begin, int64_t end) {
+      auto tile = std::partition_point(tiles.begin(), tiles.end(), [=](const Range& t) { return t.start < begin; });
+      for (; tile != tiles.end() && tile->start < end; ++tile) {
+        Tile<T>(options_, *tile->weight, gradient, tile->begin, tile->end, tile->partial).run();
+      }
+    });
+    if (gradient && !options_.one_pass()) return;
+    for (const auto& [weight, begin, end, start, partial] : tiles) {
+      for (int order = 0; order < 2; ++order) weight->value[order] += partial.value[order];
+      weight->squares += partial.squares;
+      for (size_t a = 0; a < partial.groups.size(); ++a) {
+        Axis<T>& axis = weight->axes[a];
+        for (int64_t order = 1; order <= 2; ++order) {
+          if (!options_.has(order)) continue;
+          int64_t i = begin / axis.span;
+          for (double sum : partial.groups[a][order - 1]) axis.groups[order - 1][i++ % axis.length] += sum;
+        }
+      }
     }
   }
-  __builtin_unreachable();
-}
 
-// y[0..count) += a * x[0..count)
-template <class T, class G>
-SMOOTHK_INLINE void add_scaled(G* __restrict y, const T* x, Compute<T> a, int64_t count) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) store(y + j, load(y + j) + a * load(x + j));
-}
-
-template <class T>
-SMOOTHK_INLINE double squares(const T* w, int64_t length) {
-  double total = 0;
-  for (int64_t begin = 0; begin < length; begin += kChunk) {
-    const int64_t end = std::min(length, begin + kChunk);
-    Compute<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = begin; j < end; ++j) {
-      const Compute<T> x = load(w + j);
-      sum += x * x;
+  void finish_groups(Weight<T>& weight) {
+    for (Axis<T>& axis : weight.axes) {
+      for (int64_t order = 1; order <= 2; ++order) {
+        if (!options_.has(order)) continue;
+        for (int64_t i = 0; i < axis.length - order; ++i) {
+          double& group = axis.groups[order - 1][i];
+          const double length = std::sqrt(group + options_.eps);
+          weight.value[order - 1] += length;
+          group = 1 / length;
+        }
+        if (axis.periodic && weight.has_grad()) set_mask(axis, order, true);
+      }
     }
-    total += sum;
   }
-  return total;
-}
 
-struct Range {
-  int64_t begin, end;
+  // Divides the value by the weight's norm and lets the gradient go through it: with S = sum W^2,
+  // d(N / S) = N' / S - 2 N W / S^2 (l2) and d(N / sqrt S) = N' / sqrt S - N W / S^(3/2) (the others).
+  void normalize(Weight<T>& weight) const {
+    const double s = weight.squares;
+    if (s == 0) {
+      weight.value = weight.factor = {};
+      return;
+    }
+    const bool squared = options_.norm == Norm::kL2;
+    const double scale = squared ? s : std::sqrt(s);
+    for (int order = 0; order < 2; ++order) {
+      weight.value[order] /= scale;
+      weight.factor[order] /= scale;
+      weight.decay -= (squared ? 2 : 1) * weight.value[order] * weight.factor[order] * (scale / s);
+    }
+  }
+
+  const DifferenceOptions& options_;
+  const ParallelFor& parallel_for_;
+  std::vector<Weight<T>> weights_;
 };
 
-struct TileRanges {
-  Range slabs, rows, columns;
-};
-
-SMOOTHK_INLINE TileRanges ranges_of(const DifferenceParams& p, int64_t tile) {
-  const DifferenceTiles& t = p.tiles;
-  const int64_t row = tile % t.row_blocks * t.rows;
-  const int64_t column = tile / t.row_blocks % t.column_blocks * t.columns;
-  const int64_t slab = tile / t.row_blocks / t.column_blocks * t.slabs;
-  return {{slab, std::min(slab + t.slabs, p.axis.outer)},
-          {row, std::min(row + t.rows, p.axis.rows)},
-          {column, std::min(column + t.columns, p.axis.inner)}};
-}
-
-template <class T, class G, class Phi, int Order, bool Grad>
-SMOOTHK_INLINE void run_tile(const DifferenceParams& p, const TileRanges& tile, double* partials) {
-  using C = Compute<T>;
-  const DifferenceAxis& axis = p.axis;
-  const int64_t differences = axis.rows - Order;
-  const int64_t width = tile.columns.end - tile.columns.begin;
-  // Rows with the same pattern and no gap between them are one run of entries.
-  const bool rows_join = p.norm != Norm::kL21 && width == axis.row_stride;
-  const C decay = static_cast<C>(p.decay);
-  for (int64_t o = tile.slabs.begin; o < tile.slabs.end; ++o) {
-    for (int64_t i = tile.rows.begin; i < tile.rows.end;) {
-      int64_t rows = 1;
-      if (rows_join && i >= Order && i < differences) rows = std::min(tile.rows.end, differences) - i;
-      unsigned exists = 0;
-      Factors<C> factors{};
-      for (int64_t k = 0; k <= Order; ++k) {
-        const int64_t m = i - k;
-        if (m < 0 || m >= differences) continue;
-        exists |= 1u << k;
-        factors.at[k] = static_cast<C>(p.row_factors ? p.factor * p.row_factors[m] : p.factor);
-      }
-      const int64_t offset = o * axis.outer_stride + i * axis.row_stride + tile.columns.begin;
-      const T* w = static_cast<const T*>(p.weight) + offset;
-      G* grad = Grad ? static_cast<G*>(p.grad) + offset : nullptr;
-      double sum = 0;
-      for (int64_t begin = 0; begin < rows * width; begin += kChunk) {
-        const int64_t count = std::min(kChunk, rows * width - begin);
-        G* out = Grad ? grad + begin : nullptr;
-        sum += sweep<T, G, Phi, Order, Grad>(exists, w + begin, out, count, axis.row_stride, factors);
-        if (Grad && decay != 0) add_scaled(out, w + begin, decay, count);
-      }
-      partials[p.norm == Norm::kL21 ? i - tile.rows.begin : 0] += sum;
-      i += rows;
-    }
-  }
-}
-
-template <class T, class G, class Phi, int Order>
-SMOOTHK_INLINE void with_grad(const DifferenceParams& p, const TileRanges& tile, double* partials) {
-  if (p.grad != nullptr) {
-    run_tile<T, G, Phi, Order, true>(p, tile, partials);
-  } else {
-    run_tile<T, G, Phi, Order, false>(p, tile, partials);
-  }
-}
-
-template <class T, class G, class Phi>
-SMOOTHK_INLINE void with_order(const DifferenceParams& p, const TileRanges& tile, double* partials) {
-  if (p.order == 1) {
-    with_grad<T, G, Phi, 1>(p, tile, partials);
-  } else {
-    with_grad<T, G, Phi, 2>(p, tile, partials);
-  }
-}
-
-template <class T, class G>
-SMOOTHK_INLINE void with_norm(const DifferenceParams& p, const TileRanges& tile, double* partials) {
-  switch (p.norm) {
-    case Norm::kL1:
-      return with_order<T, G, Absolute>(p, tile, partials);
-    case Norm::kHuber:
-      return with_order<T, G, Huber>(p, tile, partials);
-    case Norm::kL2:
-    case Norm::kL21:
-      return with_order<T, G, Square>(p, tile, partials);
-  }
-}
-
 template <class T>
-SMOOTHK_INLINE double squares_of_tile(const DifferenceParams& p, const TileRanges& tile) {
-  const T* w = static_cast<const T*>(p.weight);
-  const int64_t width = tile.columns.end - tile.columns.begin;
-  const int64_t rows = width == p.axis.row_stride ? tile.rows.end - tile.rows.begin : 1;
-  double total = 0;
-  for (int64_t o = tile.slabs.begin; o < tile.slabs.end; ++o) {
-    for (int64_t i = tile.rows.begin; i < tile.rows.end; i += rows) {
-      total += squares(w + o * p.axis.outer_stride + i * p.axis.row_stride + tile.columns.begin, rows * width);
-    }
+PerOrder evaluate(const DifferenceOptions& options, const std::vector<DifferenceTensor>& tensors,
+                  const ParallelFor& parallel_for) {
+  Evaluation<T> evaluation(options, parallel_for);
+  PerOrder total{};
+  for (size_t begin = 0, end = 0; begin < tensors.size(); begin = end) {
+    int64_t bytes = 0;
+    do {
+      bytes += tensors[end++].size * sizeof(T);
+    } while (end < tensors.size() && (options.one_pass() || bytes < kCached));
+    const PerOrder part = evaluation(&tensors[begin], end - begin);
+    for (int order = 0; order < 2; ++order) total[order] += part[order];
   }
   return total;
-}
-
-// The clones: everything above is inlined into them, so that it is compiled for their instruction set.
-SMOOTHK_CLONES void tile_float(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<float, float>(p, t, out);
-}
-SMOOTHK_CLONES void tile_double(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<double, double>(p, t, out);
-}
-SMOOTHK_CLONES void tile_bfloat16(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<BFloat16, BFloat16>(p, t, out);
-}
-SMOOTHK_CLONES void tile_bfloat16_float(const DifferenceParams& p, const TileRanges& t, double* out) {
-  with_norm<BFloat16, float>(p, t, out);
-}
-SMOOTHK_CLONES double squares_float(const DifferenceParams& p, const TileRanges& t) {
-  return squares_of_tile<float>(p, t);
-}
-SMOOTHK_CLONES double squares_double(const DifferenceParams& p, const TileRanges& t) {
-  return squares_of_tile<double>(p, t);
-}
-SMOOTHK_CLONES double squares_bfloat16(const DifferenceParams& p, const TileRanges& t) {
-  return squares_of_tile<BFloat16>(p, t);
 }
 
 }  // namespace
 
-DifferenceTiles tile_difference(const DifferenceAxis& axis) {
-  DifferenceTiles t;
-  t.columns = std::clamp<int64_t>(axis.inner, 1, kColumns);
-  t.column_blocks = ceil_div(axis.inner, t.columns);
-  t.rows = std::clamp<int64_t>(kTile / t.columns, 1, std::max<int64_t>(axis.rows, 1));
-  t.row_blocks = ceil_div(axis.rows, t.rows);
-  const bool whole_slab = t.column_blocks == 1 && t.row_blocks == 1;
-  t.slabs = whole_slab ? std::max<int64_t>(kTile / (t.rows * t.columns), 1) : 1;
-  t.slab_blocks = ceil_div(axis.outer, t.slabs);
-  return t;
-}
-
-namespace cpu {
-
-int64_t difference_partials(const DifferenceParams& params) {
-  return params.norm == Norm::kL21 ? params.tiles.rows : 1;
-}
-
-void difference_tile(const DifferenceParams& params, int64_t tile, double* partials) {
-  const TileRanges ranges = ranges_of(params, tile);
-  std::fill_n(partials, difference_partials(params), 0.0);
-  switch (params.dtype) {
+PerOrder difference(const DifferenceOptions& options, const std::vector<DifferenceTensor>& tensors,
+                    const ParallelFor& parallel_for) {
+  switch (options.dtype) {
     case Dtype::kFloat32:
-      return tile_float(params, ranges, partials);
+      return evaluate<float>(options, tensors, parallel_for);
     case Dtype::kFloat64:
-      return tile_double(params, ranges, partials);
+      return evaluate<double>(options, tensors, parallel_for);
     case Dtype::kBFloat16:
-      return params.grad_dtype == Dtype::kFloat32 ? tile_bfloat16_float(params, ranges, partials)
-                                                  : tile_bfloat16(params, ranges, partials);
-  }
-}
-
-double sum_of_squares_tile(const DifferenceParams& params, int64_t tile) {
-  const TileRanges ranges = ranges_of(params, tile);
-  switch (params.dtype) {
-    case Dtype::kFloat32:
-      return squares_float(params, ranges);
-    case Dtype::kFloat64:
-      return squares_double(params, ranges);
-    case Dtype::kBFloat16:
-      return squares_bfloat16(params, ranges);
+      return evaluate<BFloat16>(options, tensors, parallel_for);
+    case Dtype::kFloat16:
+      return evaluate<Float16>(options, tensors, parallel_for);
   }
   __builtin_unreachable();
 }
 
-const char* simd() {
-#if defined(__x86_64__) && defined(__linux__)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") ? "avx2" : "x86-64";
-#elif defined(__aarch64__)
-  return "neon";
-#else
-  return "baseline";
-#endif
-}
-
-}  // namespace cpu
-}  // namespace smoothk
+}  // namespace smoothk::cpu
