@@ -84,6 +84,11 @@ def _row_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """``ROWS`` rows of one axis, of up to ``COLUMNS`` neighbouring entries each; all loads have 128 bits.
+
+    A block of its own keeps the compiler from using the first rows before it has asked for the last; it would also move
+    the loads into the block if nothing behind it needed what they bring, which is why every launch takes the sums.
+    """
     COMPUTE: tl.constexpr = factors.dtype.element_ty
     REACH: tl.constexpr = ORDERS[len(ORDERS) - 1]
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
@@ -110,7 +115,7 @@ def _row_tile(
     zeros = tl.zeros([COLUMNS], COMPUTE)
     squares = zeros
     sums = (zeros,) * len(ORDERS)
-    if width > 0:  # always, but a block of its own keeps the compiler from using the first row before loading the last
+    if width > 0:  # always
         for k in tl.static_range(ROWS):
             near = ()
             for j in tl.static_range(2 * REACH + 1):
@@ -145,6 +150,7 @@ def _flat_tile(
     INDEX: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
+    """Up to ``ENTRIES`` neighbouring entries, with those before and behind them along every axis."""
     COMPUTE: tl.constexpr = factors.dtype.element_ty
     REACH: tl.constexpr = ORDERS[len(ORDERS) - 1]
     lane = tl.arange(0, ENTRIES)
@@ -264,14 +270,14 @@ def _finish(
 
 @triton.jit(do_not_specialize=["tensors", "groups", "row_tiles"], do_not_specialize_on_alignment=["coefficients"])
 def difference_kernel(
-    tiles,  # int64 [programs, 4 + 3 * AXES]
+    tiles,  # int64 [programs, 4 + 3 * AXES]: tensor, first entry, columns, row; for each axis rows, stride, first group
     addresses,  # int64 [tensors, 2]: weight, gradient
     spans,  # int64 [tensors, 2]: first tile, number of tiles
     coefficients,  # [orders]
-    factors,  # [orders, groups]: l21, 1 / length of each difference
+    factors,  # [orders, groups]: for l21, 1 / length of each difference
     partials,  # [orders + 1, programs]: sums of each tile
-    sums,  # [orders + 2, tensors]: terms; where normalized, 1 / scale and the derivative of its logarithm
-    tickets,  # int32 [tensors + 1], zeros before and after
+    sums,  # [orders + 2, tensors]: terms; where normalized, 1 / scale and its logarithmic derivative, negated
+    tickets,  # int32 [tensors + 1]: zeros before and after a launch
     values,  # [orders]
     tensors,
     groups,
@@ -353,19 +359,21 @@ def difference_kernel(
 @triton.jit
 def _lengths(axes, partials, factors, ORDER: tl.constexpr, EPS: tl.constexpr, AXES: tl.constexpr):
     """Sum of the lengths of a tensor's differences; ``1 / length`` of each one goes to ``factors``."""
-    total = tl.zeros([128], tl.float64)
+    total = tl.zeros([64], tl.float64)
     for axis in tl.static_range(AXES):
         n = tl.load(axes + 5 * axis)
-        parts = tl.load(axes + 5 * axis + 1)
+        blocks = tl.load(axes + 5 * axis + 1)
         slots = tl.load(axes + 5 * axis + 2)
         slot = tl.load(axes + 5 * axis + 3)
         group = tl.load(axes + 5 * axis + 4)
-        for first in range(0, n, 128):
-            m = first + tl.arange(0, 128)
-            square = tl.zeros([128], tl.float64)
-            for part in range(0, parts):
-                at = partials + slot + part * slots + m
-                square += tl.load(at, mask=m < n, other=0.0, cache_modifier=".cg").to(tl.float64)
+        for first in range(0, n, 64):
+            m = first + tl.arange(0, 64)
+            square = tl.zeros([64], tl.float64)
+            for block in range(0, blocks, 16):
+                b = block + tl.arange(0, 16)[:, None]
+                at = partials + slot + b * slots + m[None, :]
+                part = tl.load(at, mask=(b < blocks) & (m < n)[None, :], other=0.0, cache_modifier=".cg")
+                square += tl.sum(part.to(tl.float64), axis=0)
             exists = m < n - ORDER
             length = tl.sqrt(square + EPS)
             tl.store(factors + group + m, tl.where(exists, 1 / length, 0.0), mask=m < n)
@@ -375,9 +383,9 @@ def _lengths(axes, partials, factors, ORDER: tl.constexpr, EPS: tl.constexpr, AX
 
 @triton.jit(do_not_specialize=["tensors", "groups", "slots"])
 def group_kernel(
-    tiles,  # int64 [programs, 8]
-    addresses,  # int64 [tensors, 2]: weight, gradient
-    spans,  # int64 [tensors, 2]: first tile, number of tiles
+    tiles,  # int64 [programs, 8]: tensor, first row, first column, slot of the first row, rows, stride, columns, counts
+    addresses,
+    spans,
     axes,  # int64 [tensors, AXES, 5]: rows, column blocks, slots of a block, first slot, first group
     factors,  # [orders, groups]: 1 / length of each difference
     partials,  # [orders, slots]: squared length of each difference within a column block
@@ -419,7 +427,7 @@ def group_kernel(
         d = tl.where(i < n - ORDERS[k], d, 0.0)
         tl.store(partials + k * slots + slot + tl.arange(0, ROWS), tl.sum(d * d, axis=1))
     if NORMALIZED:
-        counts = tl.load(record + 7) != 0  # along one of the tensor's axes
+        counts = tl.load(record + 7) != 0  # along one axis of the tensor
         tl.store(squares + tile, tl.where(counts, tl.sum(near[0] * near[0]), 0.0))
     first = tl.load(spans + 2 * tensor)
     count = tl.load(spans + 2 * tensor + 1)

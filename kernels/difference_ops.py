@@ -41,6 +41,10 @@ class _Options(NamedTuple):
     normalized: bool
     eps: float
 
+    @classmethod
+    def of(cls, orders: Sequence[int], dim: Sequence[int], norm: str, normalized: bool, eps: float) -> _Options:
+        return cls(tuple(orders), tuple(dim), norm, normalized, eps)
+
 
 class _Axis(NamedTuple):
     """An axis of a weight: ``size`` rows, ``stride`` entries apart."""
@@ -184,8 +188,15 @@ class _Plan:
             }
 
     def run(self, gradient: str = "none", coefficients: Tensor | None = None) -> Tensor:
-        """Launch; returns the terms, ``[orders]``, which a plain ``"write"`` leaves undefined."""
+        """Launch, and return the terms, ``[orders]``; undefined where a single launch writes gradients only."""
         orders, _, norm, normalized, _ = self.options
+        if coefficients is not None:
+            shape, device = coefficients.shape, coefficients.device
+            if shape != (len(orders),) or device != self.device:
+                raise ValueError(
+                    f"coefficients must be [{len(orders)}] on {self.device}, got {list(shape)} on {device}"
+                )
+            coefficients = coefficients.contiguous()
         if not self.layout.active:
             return torch.zeros(len(orders), dtype=self.compute, device=self.device)
         values = torch.empty(len(orders), dtype=self.compute, device=self.device)
@@ -216,14 +227,13 @@ _plans: TableCache[_Plan] = TableCache(16)
 
 def launch(kernel: triton.JITFunction, programs: int, **arguments: Any) -> None:
     """Every launch of this module."""
-    kernel[(programs,)](**arguments)
+    if programs:
+        kernel[(programs,)](**arguments)
 
 
-def _plan(weights: Sequence[Tensor], grads: Sequence[Tensor], *options: Any) -> _Plan:
-    orders, dim, norm, normalized, eps = options
-    checked = _Options(tuple(orders), tuple(dim), norm, normalized, eps)
-    key = signature([*weights, *grads]), len(weights), checked
-    return _plans.get(key, weights[0].device, partial(_Plan, weights, grads, checked))
+def _plan(weights: Sequence[Tensor], grads: Sequence[Tensor], options: _Options) -> _Plan:
+    key = signature([*weights, *grads]), len(weights), options
+    return _plans.get(key, weights[0].device, partial(_Plan, weights, grads, options))
 
 
 def _check(weights: Sequence[Tensor], grads: Sequence[Tensor], options: _Options) -> None:
@@ -252,6 +262,8 @@ def _check(weights: Sequence[Tensor], grads: Sequence[Tensor], options: _Options
         if (grad.dtype, grad.device) != (grads[0].dtype, first.device) or grad.dtype not in _grad_dtypes(first.dtype):
             names = " or ".join(map(str, _grad_dtypes(first.dtype)))
             raise ValueError(f"grads must all be of {names} on {first.device}, got {grad.dtype} on {grad.device}")
+        if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+            raise ValueError(f"grads[{i}] must not be an expanded tensor, got strides {grad.stride()}")
         if grad.numel() and found.setdefault(grad.data_ptr(), i) != i:
             raise ValueError(f"grads must not share memory, got grads[{found[grad.data_ptr()]}] again as grads[{i}]")
 
@@ -287,14 +299,14 @@ def _in_layout_of(weight: Tensor, grad: Tensor) -> Tensor:
 def difference_penalty(weights: Sequence[Tensor], *options: Any) -> Tensor:
     with torch.cuda.device_of(weights[0]):
         weights = [*map(_dense, weights)]  # named: a copy has to live until the launch
-        return _plan(weights, (), *options).run()
+        return _plan(weights, (), _Options.of(*options)).run()
 
 
 def difference_penalty_backward(grad: Tensor, weights: Sequence[Tensor], *options: Any) -> list[Tensor]:
     with torch.cuda.device_of(weights[0]):
         weights = [*map(_dense, weights)]
         grads = [*map(torch.empty_like, weights)]
-        plan = _plan(weights, grads, *options)
+        plan = _plan(weights, grads, _Options.of(*options))
         plan.run("write", grad)
         for i in plan.layout.idle:
             grads[i].zero_()
@@ -305,14 +317,15 @@ def difference_penalty_accumulate_(
     grads: Sequence[Tensor], weights: Sequence[Tensor], coefficients: Tensor, *options: Any
 ) -> Tensor:
     with torch.cuda.device_of(weights[0]):
-        weights, targets = [*map(_dense, weights)], grads
+        checked, weights, targets = _Options.of(*options), [*map(_dense, weights)], grads
         if [*map(Tensor.stride, weights)] != [*map(Tensor.stride, grads)]:
+            _check(weights, grads, checked)
             targets = [*map(_in_layout_of, weights, grads)]
-        values = _plan(weights, targets, *options).run("add", coefficients)
+        terms = _plan(weights, targets, checked).run("add", coefficients)
         for grad, target in zip(grads, targets, strict=True):
             if grad is not target:
                 grad.copy_(target)
-    return values
+    return terms
 
 
 _OPTIONS = "int[] orders, int[] dim, str norm, bool normalized, float eps"

@@ -6,7 +6,6 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
@@ -34,7 +33,7 @@ def to_device(table: np.ndarray, device: torch.device) -> Tensor:
 
 
 class TableCache(Generic[Table]):
-    """The ``size`` tables used last, by key.
+    """The ``size`` tables built last, by key.
 
     A table is filled on the CUDA stream it was first asked for on, and only used there: on another stream it is built
     anew. Building copies from the host, which a CUDA graph would repeat from memory that may be gone, so a capture
@@ -43,7 +42,7 @@ class TableCache(Generic[Table]):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._tables: OrderedDict[Hashable, tuple[int, Table]] = OrderedDict()
+        self._tables: dict[Hashable, tuple[int, Table]] = {}
         self._captured: dict[Hashable, Table] = {}
         self._lock = threading.RLock()
 
@@ -59,10 +58,11 @@ class TableCache(Generic[Table]):
                 return self._captured_table(key)
             found = self._tables.get(key)
             if found is None or found[0] != stream:
-                found = self._tables[key] = (stream, build())
+                found = (stream, build())
+                self._tables.pop(key, None)
+                self._tables[key] = found
                 if len(self._tables) > self.size:
-                    self._tables.popitem(last=False)
-            self._tables.move_to_end(key)
+                    del self._tables[next(iter(self._tables))]
             return found[1]
 
     def _captured_table(self, key: Hashable) -> Table:
@@ -103,7 +103,7 @@ def flat_tiles(numel: int, entries: int) -> np.ndarray:
 
 
 def grid_tiles(height: int, width: int, rows: int, columns: int) -> np.ndarray:
-    """Tiles of a ``[height, width]`` grid: int64 ``[tiles, 2]``, first row and first column; row by row."""
+    """Tiles of a ``[height, width]`` grid: int64 ``[tiles, 2]``, first row and first column; column by column."""
     counts = (-(-width // columns), -(-height // rows))
     column, row = (index.ravel() for index in np.indices(counts, dtype=np.int64))
     return np.stack([row * rows, column * columns], axis=1)

@@ -20,7 +20,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).resolve().parent
+_POINTERS = {
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,17 @@ class Kernel:
     constants: dict[str, Any]
     arch: int = 90
     warps: int = 4
+
+    @classmethod
+    def of_launch(cls, function: Any, arguments: dict[str, Any], **options: int) -> Kernel:
+        """What a launch of ``function`` compiles: tensors, int32 numbers, and constants, whose names are capitals."""
+        constants = {name: value for name, value in arguments.items() if name.isupper()}
+        kinds = {
+            name: _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            for name, value in arguments.items()
+            if name not in constants
+        }
+        return cls(function.fn.__module__, function.__name__, kinds, constants, **options)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def expected(
     weights: list[Tensor], orders: list[int], dim: list[int], norm: str, normalized: bool, eps: float = EPS
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The terms of all orders, and for each weight the gradient of their sum with `COEFFICIENTS`."""
-    arrays = [weight.detach().double().numpy() for weight in weights]
+    arrays = [weight.detach().double().cpu().numpy() for weight in weights]
     terms = [numpy_reference.difference_penalty(arrays, order, dim, norm, normalized, eps) for order in orders]
     gradients = zip(*(gradients for _, gradients in terms), strict=True)
     combined = [sum(c * g for c, g in zip(COEFFICIENTS.tolist(), each, strict=False)) for each in gradients]
