@@ -157,7 +157,8 @@ Tensor to_tensor(const PerOrder& terms, const DifferenceOptions& options) {
   return result;
 }
 
-// The terms of all weights; grads, unless null, get the coefficients times their gradients added.
+// The terms of all weights. Grads, unless null, get the coefficients times their gradients added, and the terms come
+// times the coefficients.
 Tensor evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads, const std::vector<int64_t>& dims,
                 const DifferenceOptions& options) {
   const int64_t lowest = options.orders & 1 ? 1 : 2;
@@ -179,10 +180,11 @@ Tensor evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* g
     if (grad) tensor.grad = grad->mutable_data_ptr();
     tensors.push_back(std::move(tensor));
   }
-  const PerOrder terms = cpu::difference(options, tensors, [](int64_t size, int64_t grain, const auto& body) {
+  PerOrder terms = cpu::difference(options, tensors, [](int64_t size, int64_t grain, const auto& body) {
     torch::stable::parallel_for(0, size, grain, body);
   });
   for (auto& [grad, copy] : replaced) torch::stable::copy_(grad, copy);
+  for (size_t k = 0; k < terms.size() && grads; ++k) terms[k] *= options.coefficients[k];
   return to_tensor(terms, options);
 }
 

@@ -241,6 +241,7 @@ def _scales(
 
 @triton.jit
 def _finish(
+    coefficients,
     sums,
     values,
     totals,
@@ -251,8 +252,9 @@ def _finish(
     ORDERS: tl.constexpr,
     NORM: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
-    """Leave the terms of a finished tensor in ``sums``; the last tensor's program adds them to ``values``."""
+    """Leave the terms of a finished tensor in ``sums``; the last tensor's program adds them up in ``values``."""
     scale = 1.0
     if NORMALIZED:
         exists = squares != 0  # a zero tensor adds nothing; a NaN has to come through
@@ -265,7 +267,10 @@ def _finish(
         tl.store(sums + k * tensors + tensor, totals[k] * scale)
     if _is_last(tickets + tensors, tensors):
         for k in tl.static_range(len(ORDERS)):
-            tl.store(values + k, _sum(sums + k * tensors, tensors))
+            value = _sum(sums + k * tensors, tensors)
+            if WEIGHTED:
+                value *= tl.load(coefficients + k).to(tl.float64)
+            tl.store(values + k, value)
 
 
 @triton.jit(do_not_specialize=["tensors", "groups", "row_tiles"], do_not_specialize_on_alignment=["coefficients"])
@@ -278,13 +283,14 @@ def difference_kernel(
     partials,  # [orders + 1, programs]: sums of each tile
     sums,  # [orders + 2, tensors]: terms; where normalized, 1 / scale and its logarithmic derivative, negated
     tickets,  # int32 [tensors + 1]: zeros before and after a launch
-    values,  # [orders]
+    values,  # [orders]: the terms, times their coefficients where WEIGHTED
     tensors,
     groups,
     row_tiles,  # the first ones of the table
     ORDERS: tl.constexpr,
     NORM: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     VALUES: tl.constexpr,
     GRADIENT: tl.constexpr,  # "none", "write" or "add"
     DTYPE: tl.constexpr,
@@ -353,7 +359,20 @@ def difference_kernel(
             squares = 0.0
             if NORMALIZED:
                 squares = _sum(partials + len(ORDERS) * programs + first, count)
-            _finish(sums, values, whole, squares, tickets, tensor, tensors, ORDERS, NORM, NORMALIZED)
+            _finish(
+                coefficients,
+                sums,
+                values,
+                whole,
+                squares,
+                tickets,
+                tensor,
+                tensors,
+                ORDERS,
+                NORM,
+                NORMALIZED,
+                WEIGHTED,
+            )
 
 
 @triton.jit
@@ -381,11 +400,12 @@ def _lengths(axes, partials, factors, ORDER: tl.constexpr, EPS: tl.constexpr, AX
     return tl.sum(total)
 
 
-@triton.jit(do_not_specialize=["tensors", "groups", "slots"])
+@triton.jit(do_not_specialize=["tensors", "groups", "slots"], do_not_specialize_on_alignment=["coefficients"])
 def group_kernel(
     tiles,  # int64 [programs, 8]: tensor, first row, first column, slot of the first row, rows, stride, columns, counts
     addresses,
     spans,
+    coefficients,
     axes,  # int64 [tensors, AXES, 5]: rows, column blocks, slots of a block, first slot, first group
     factors,  # [orders, groups]: 1 / length of each difference
     partials,  # [orders, slots]: squared length of each difference within a column block
@@ -398,6 +418,7 @@ def group_kernel(
     slots,
     ORDERS: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     EPS: tl.constexpr,
     DTYPE: tl.constexpr,
     INDEX: tl.constexpr,
@@ -439,4 +460,17 @@ def group_kernel(
         square = 0.0
         if NORMALIZED:
             square = _sum(squares + first, count)
-        _finish(sums, values, whole, square, tickets, tensor, tensors, ORDERS, "l21", NORMALIZED)
+        _finish(
+            coefficients,
+            sums,
+            values,
+            whole,
+            square,
+            tickets,
+            tensor,
+            tensors,
+            ORDERS,
+            "l21",
+            NORMALIZED,
+            WEIGHTED,
+        )

@@ -188,7 +188,8 @@ class _Plan:
             }
 
     def run(self, gradient: str = "none", coefficients: Tensor | None = None) -> Tensor:
-        """Launch, and return the terms, ``[orders]``; undefined where a single launch writes gradients only."""
+        """Launch, and return the terms, ``[orders]``: for ``"add"`` times ``coefficients``; undefined where a single
+        launch writes gradients only."""
         orders, _, norm, normalized, _ = self.options
         if coefficients is not None:
             shape, device = coefficients.shape, coefficients.device
@@ -200,25 +201,20 @@ class _Plan:
         if not self.layout.active:
             return torch.zeros(len(orders), dtype=self.compute, device=self.device)
         values = torch.empty(len(orders), dtype=self.compute, device=self.device)
-        if norm == "l21":
-            launch(group_kernel, self.layout.group_tiles.programs, values=values, **self.shared, **self.group)
-        elif normalized or gradient == "none":
-            self._launch(values, values, "none", True)
-        if gradient != "none":
-            self._launch(coefficients, values, gradient, gradient == "add" and norm != "l21" and not normalized)
-        return values
-
-    def _launch(self, coefficients: Tensor, values: Tensor, gradient: str, take_values: bool) -> None:
-        launch(
-            difference_kernel,
-            self.layout.tiles.programs,
-            coefficients=coefficients,
-            values=values,
-            GRADIENT=gradient,
-            VALUES=take_values,
+        shared = {
+            "coefficients": values if coefficients is None else coefficients,
+            "values": values,
+            "WEIGHTED": gradient == "add",
             **self.shared,
-            **self.main,
-        )
+        }
+        main = partial(launch, difference_kernel, self.layout.tiles.programs, **shared, **self.main)
+        if norm == "l21":
+            launch(group_kernel, self.layout.group_tiles.programs, **shared, **self.group)
+        elif normalized or gradient == "none":
+            main(GRADIENT="none", VALUES=True)
+        if gradient != "none":
+            main(GRADIENT=gradient, VALUES=gradient == "add" and norm != "l21" and not normalized)
+        return values
 
 
 _layouts: TableCache[_Layout] = TableCache(16)

@@ -114,12 +114,12 @@ class _Exchanged:
         return self.values.sum(0)
 
     def accumulate(self, grads: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-        """`terms`, and `add_gradient` in the same pass where the weights are not normalised."""
+        """``coefficients * terms``, and `add_gradient`: in one pass where the weights are not normalised."""
         if not self.normalized:
             return _all_reduce(self._own_terms(self.shards, grads, coefficients), self.groups)
         terms = self.terms()
         self.add_gradient(grads, coefficients)
-        return terms
+        return coefficients * terms
 
     def add_gradient(self, grads: Sequence[Tensor], coefficients: Tensor) -> None:
         """Add the gradient of ``Σ coefficients[k] * terms[k]`` by every local tensor into ``grads``; after `terms`."""
@@ -139,7 +139,8 @@ class _Exchanged:
     ) -> Tensor:
         """Terms, not normalised, of the differences whose first row is on this rank.
 
-        The gradient of all differences that touch a row on this rank is added into ``grads``.
+        With ``grads``, to which the gradient of all differences that touch a row on this rank is added, times
+        ``coefficients``.
         """
         terms = self._run([shard.local for shard in shards], grads, self.orders, coefficients, self.dim).double()
         targets = [None] * len(shards) if grads is None else grads
@@ -153,7 +154,7 @@ class _Exchanged:
         return terms
 
     def _crossing_terms(self, strips: Sequence[Strip], targets: Sequence[Tensor] | None, coefficients: Any) -> Tensor:
-        """Terms of strips of one kind; the gradient of their own rows is added into the local ``targets``."""
+        """`_own_terms` of strips of one kind; the gradient of their own rows is added into the local ``targets``."""
         grads = None
         if targets is not None:
             grads = [torch.empty_like(s.rows, dtype=to.dtype) for s, to in zip(strips, targets, strict=True)]
@@ -195,7 +196,7 @@ class _Gathered:
 
     def accumulate(self, grads: Sequence[Tensor], coefficients: Tensor) -> Tensor:
         self.add_gradient(grads, coefficients)
-        return self.terms()
+        return coefficients * self.terms()
 
     def add_gradient(self, grads: Sequence[Tensor], coefficients: Tensor) -> None:
         for grad, gradients in zip(grads, self._gradients, strict=True):

@@ -224,7 +224,7 @@ def accumulate_difference_penalty(
     """Add the gradient of ``Σ coefficients[k] * P_orders[k]`` into ``grads`` in place, without autograd.
 
     ``grads[i]`` has the shape and device of ``weights[i]``; ``coefficients`` is float64, ``[len(orders)]``. Arguments
-    are taken as checked. Returns the terms without coefficients, as `difference_terms` does.
+    are taken as checked. Returns ``coefficients[k] * P_orders[k]``, ``[len(orders)]``, detached.
     """
 
     options = {"dim": dim, "norm": norm, "normalized": normalized, "eps": eps}
@@ -246,8 +246,9 @@ def accumulate_difference_penalty(
         with torch.enable_grad():
             w = weight.to(reference.compute_dtype(weight.dtype)).detach().requires_grad_()
             terms = reference.difference_terms([w], orders, **options)
-        grad.add_(torch.autograd.grad(terms, w, factors.to(terms.dtype))[0])
-        return terms.detach()
+        factors = factors.to(terms.dtype)
+        grad.add_(torch.autograd.grad(terms, w, factors)[0])
+        return factors * terms.detach()
 
     return _sum_over_kinds(weights, len(orders), values_of, grads)
 

@@ -136,13 +136,14 @@ class SmoothnessPenalty(nn.Module):
 
     def forward(self) -> Tensor:
         """The penalty, differentiable: 0-dim, float32 (float64 for float64 weights), on the first weight's device."""
-        weights, total = self._active(), self._zero()
+        weights, kind = self._active(), self._result_kind
         if self._is_off or not weights:
+            total = torch.zeros((), **kind)
             for weight in weights.values():  # differentiable, with a gradient of zeros
-                total = total + local_part(weight).reshape(-1)[:0].sum().to(device=total.device, dtype=total.dtype)
+                total = total + local_part(weight).reshape(-1)[:0].sum().to(**kind)
             return total
-        terms = self._terms(weights, self._nuclear).to(total.device)
-        return (self._scaled_on(total.device) * terms).sum().to(total.dtype)
+        terms = self._terms(weights, self._nuclear).to(kind["device"])
+        return (self._scaled_on(kind["device"]) * terms).sum().to(kind["dtype"])
 
     @torch.no_grad()
     def accumulate_grad(self) -> Tensor:
@@ -155,17 +156,19 @@ class SmoothnessPenalty(nn.Module):
             TypeError: a ``.grad`` is not dense. Nothing has been changed then.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
-        weights, zero = self._active(), self._zero()
+        weights, kind = self._active(), self._result_kind
         if self._is_off or not weights:
-            return zero
+            return torch.zeros((), **kind)
         self._check(weights)
-        scaled, total = self._scaled_on(zero.device), zero
+        scaled, terms = self._scaled_on(kind["device"]), []
         if self._orders:
-            total = total + self._accumulate_differences(list(weights.values()), scaled[: len(self._orders)])
+            terms.append(self._accumulate_differences(list(weights.values()), scaled[: len(self._orders)]))
         if self.coefficients["nuclear"]:
             grads = dict(zip(weights, _grads(weights.values()), strict=True))
-            total = total + scaled[-1] * self._nuclear.accumulate(weights, grads, scaled[-1])
-        return total.to(zero.dtype)
+            terms.append((scaled[-1] * self._nuclear.accumulate(weights, grads, scaled[-1])).view(1))
+        (whole, *others) = [term.to(**kind) for term in terms]
+        # As few launches on a GPU as can be: one term is the penalty itself.
+        return whole[0] if len(whole) == 1 and not others else torch.cat([whole, *others]).sum()
 
     @torch.no_grad()
     def per_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -193,10 +196,11 @@ class SmoothnessPenalty(nn.Module):
         current = {weight.name: weight.current for weight in self._weights}
         return {name: weight for name, weight in current.items() if weight.requires_grad}
 
-    def _zero(self) -> Tensor:
-        """0 of the result's dtype and device, which freezing weights does not change."""
+    @property
+    def _result_kind(self) -> dict[str, Any]:
+        """The result's dtype and device, which freezing weights does not change."""
         weights = [weight.current for weight in self._weights]
-        return torch.zeros((), dtype=result_dtype(weights), device=weights[0].device)
+        return {"dtype": result_dtype(weights), "device": weights[0].device}
 
     def _scaled_on(self, device: torch.device) -> Tensor:
         """``scale * λ`` of the terms whose coefficient is not 0, float64 where ``device`` has it."""
@@ -235,10 +239,9 @@ class SmoothnessPenalty(nn.Module):
         # A weight too short for every order keeps even a missing .grad.
         least = min(self._orders)
         weights = [w for w in weights if w.grad is not None or axes_of(w, self.dim, least)]
-        terms = accumulate_difference_penalty(
+        return accumulate_difference_penalty(
             weights, _grads(weights), coefficients, self._orders, **self._difference_options
         )
-        return (coefficients * terms).sum()
 
 
 def _grads(weights: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -229,7 +229,7 @@ def test_accumulating_adds_the_gradient(
     expected = [g + c * d for g, d in zip(grads, torch.autograd.grad(value, leaves), strict=True)]
     coefficients = torch.tensor([c], dtype=torch.float64)
     (term,) = accumulate_difference_penalty(weights, grads, coefficients, [order], dim=(0,), **options)
-    close(term, value.detach())
+    close(term, c * value.detach())
     for grad, wanted in zip(grads, expected, strict=True):
         close(grad, wanted, scale=wanted.abs().max().item())
 
