@@ -61,13 +61,13 @@ class NuclearTerm:
         """Add the gradient of one weight's term, whose value is returned."""
         coefficient = coefficient.to(value.device, value.dtype)
         if not self.normalized:
-            grad.add_(factor * coefficient)
+            grad.addcmul_(factor, coefficient)  # without a product of the weight's size in memory
             return value
         # d(N / |W|) = N' / |W| - N W / |W|^3
         squares, norm = self._frobenius(weight, value.dtype)
         value = value / norm
-        grad.add_(factor * (coefficient / norm))
-        grad.sub_(weight.detach().to(value.dtype) * (coefficient * value / squares))
+        grad.addcmul_(factor, coefficient / norm)
+        grad.addcmul_(weight.detach().to(value.dtype), -coefficient * value / squares)
         return value
 
     def _value(self, weights: Weights, factors: Weights) -> Tensor:
