@@ -102,12 +102,14 @@ def step_table(results: Sequence[Record]) -> Table:
     )
 
 
-def provenance(result: Record) -> str:
-    """One line: which code, on which machine, when."""
+def provenance(results: Sequence[Record]) -> str:
+    """One line: the fewest samples of a side, and of the first result which code, on which machine, when."""
+    result = results[0]
     versions, machine = result["provenance"]["versions"], result["provenance"]["machine"]
-    samples = min(len(side["samples_ms"]) for case in result["cases"] for side in timed(case).values())
+    cases = [case for each in results for case in each["cases"]]
+    samples = min(len(side["samples_ms"]) for case in cases for side in timed(case).values())
     return (
-        f"{samples} samples, {result['dtype']}, smoothk {versions['smoothk']}, torch {versions['torch']}, "
+        f"At least {samples} samples, {result['dtype']}, smoothk {versions['smoothk']}, torch {versions['torch']}, "
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {result['provenance']['date']}"
     )
 

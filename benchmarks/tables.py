@@ -78,7 +78,7 @@ def _networks(comparison: Comparison) -> str:
 
 def _speed(entry: str, table: Callable[[Sequence[speed.Record]], Table], note: str) -> str:
     results = speed.read(RESULTS / "speed", entry, "cpu")
-    return f"{table(results).to_markdown()}\n\n{note} {speed.provenance(results[0])}."
+    return f"{table(results).to_markdown()}\n\n{note} {speed.provenance(results)}."
 
 
 DIFFERENCE_NOTE = (
