@@ -158,7 +158,8 @@ def difference_penalty(
             scale of the tensor (not for huber, which is not homogeneous). The gradient goes through the scale; a zero
             tensor adds 0 with gradient 0.
         eps: smoothing of ``"l21"``, in squared weight units.
-        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``. ``"triton"`` is for CUDA tensors; not
+            yet run on a GPU, it is taken only by its name.
 
     Returns:
         0-dim tensor on the first weight's device, float32, or float64 if any weight is. Zero for an empty sequence.

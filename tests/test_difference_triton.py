@@ -362,6 +362,32 @@ def test_a_capture_without_a_warm_up_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert_close_rel(grad, 2 * torch.from_numpy(expected([weight], [1], [0], "l2", False)[1][0]), torch.float32)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_graph_follows_its_coefficients_and_has_the_bits_of_a_call() -> None:
+    weights = [randn(64, 576), randn(64, 27)]
+    grads = [torch.zeros_like(weight) for weight in weights]
+    factors = torch.ones(2, dtype=torch.float64, device=DEVICE)
+
+    def step() -> Tensor:
+        for grad in grads:
+            grad.zero_()
+        options = ([1, 2], [0], "l2", False, EPS)
+        return torch.ops.smoothk_triton.difference_penalty_accumulate_(grads, weights, factors, *options)
+
+    step()  # the warm-up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms = step()
+    for value in (1.0, 3.0):
+        factors.fill_(value)
+        replays = []
+        for _ in range(100):
+            graph.replay()
+            replays.append([terms.clone(), *(grad.clone() for grad in grads)])
+        called = [step(), *grads]
+        assert all(torch.equal(a, b) for replay in replays for a, b in zip(replay, called, strict=True))
+
+
 @pytest.mark.parametrize(
     ("message", "change"),
     [
