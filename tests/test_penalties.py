@@ -421,6 +421,8 @@ def test_parameters_that_are_replaced_are_followed() -> None:
 @pytest.mark.parametrize("options", [{"nuclear": 0.0}, {}, {"normalized": True}, {"method": "polar"}], ids=str)
 @pytest.mark.parametrize("way", ["forward", "accumulate_grad"])
 def test_a_compiled_step_has_no_graph_break_and_a_new_scale_compiles_nothing(way: str, options: dict) -> None:
+    if way == "accumulate_grad" and unavailable_reason("cpp"):
+        pytest.skip("plain PyTorch differentiates inside accumulate_grad, which torch.compile does not trace")
     model = small_model(torch.float32)
     penalty = SmoothnessPenalty(model, **{**ALL_TERMS, **options})
     counter = CompileCounter()
