@@ -18,8 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smoothk.backend import unavailable_reason
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
+needs_the_fused_side = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason="there is no fused side")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -192,6 +195,7 @@ def test_the_stand_in_is_right_without_its_faults(monkeypatch: pytest.MonkeyPatc
     assert bench("difference", "--set", "odd", "--gate-only", "--sides", "foreach", "--without", "own process") == 0
 
 
+@needs_the_fused_side
 @pytest.mark.parametrize("block", [1, 100, 1 << 21])
 def test_large_weights_are_compared_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problems, difference = module("problem"), module("entries.difference")
@@ -227,6 +231,7 @@ PENALTIES = [
 ]
 
 
+@needs_the_fused_side
 @pytest.mark.parametrize("orders", ["first", "second", "both"])
 def test_baselines_are_right_for_every_penalty(orders: str) -> None:
     difference, harness = module("entries.difference"), module("harness")
@@ -252,6 +257,7 @@ def test_baselines_are_right_for_every_penalty(orders: str) -> None:
 # Results
 
 
+@needs_the_fused_side
 def test_difference_is_measured_written_and_drawn(tmp_path: Path, capsys: Any) -> None:
     arguments = ["difference", "--set", "odd", "--orders", "first", "--samples", "4", "--reruns", "3", "--threads", "1"]
     assert bench(*arguments, "--sides", "fused", "eager", "floor", "--out", str(tmp_path)) == 0
@@ -292,6 +298,7 @@ def test_nuclear_is_checked_on_slow_spectra_too(monkeypatch: pytest.MonkeyPatch,
     assert svd["status"] == "red" and svd["reason"].startswith("gradient on spectra")
 
 
+@needs_the_fused_side
 def test_step_measures_the_overhead(tmp_path: Path) -> None:
     assert bench("step", "--samples", "3", "--batch", "2", "--out", str(tmp_path)) == 0
     whole, alone = json.loads((tmp_path / "step-resnet18-cpu.json").read_text())["cases"]
