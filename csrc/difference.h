@@ -3,12 +3,12 @@
 
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <vector>
+
+#include "types.h"
 
 namespace smoothk {
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Norm { kL2, kL1, kL21, kHuber };
 
 // An axis of a tensor whose entries are numbered in storage order: the index of entry q along it is
@@ -41,9 +41,6 @@ struct DifferenceOptions {
   bool one_pass() const { return norm != Norm::kL21 && !normalized; }  // gradients need no value first
   int64_t reach() const { return orders & 2 ? 2 : 1; }  // neighbours on either side that an entry's gradient depends on
 };
-
-// Calls body(begin, end) on disjoint parts of [0, size), of at least `grain` where there is more than one, in parallel.
-using ParallelFor = std::function<void(int64_t size, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
 namespace cpu {
 
