@@ -1,7 +1,13 @@
 // The Python module smoothk._C: importing it registers the operators. No tensor passes through pybind11.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "difference.h"
+#include "low_rank_conv.h"
 
 #if defined(__clang__)
 #define SMOOTHK_COMPILER "clang " __clang_version__
@@ -24,9 +30,30 @@ pybind11::dict build_info() {
   return info;
 }
 
+// A hash of `size` bytes at `address`: of all of them, or of 64 words spread over them where they are many.
+uint64_t sample_bits(uintptr_t address, size_t size) {
+  constexpr size_t kAll = 4096, kWords = 64, kWord = sizeof(uint64_t);
+  const size_t step = size <= kAll ? kWord : (size - kWord) / (kWords - 1);
+  const auto* bytes = reinterpret_cast<const char*>(address);
+  uint64_t hash = size;
+  for (size_t at = 0; at < size; at += step) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + at, std::min(kWord, size - at));
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
+int64_t packed_size(const std::vector<int64_t>& v_shape, const std::vector<int64_t>& u_shape, int64_t groups) {
+  return smoothk::cpu::low_rank_conv_packed_size(smoothk::factors_shape(v_shape, u_shape, groups));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of smoothk";
   m.def("build_info", &build_info, "How this extension was built, and the instruction set its kernels use here.");
+  m.def("sample_bits", &sample_bits, "Hash of the bytes at an address, or of 64 words of them where they are many.");
+  m.def("low_rank_conv_packed_size", &packed_size, "Numbers that the packed form of factors of these shapes has.");
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "types.h"
 
@@ -15,26 +16,38 @@ enum class Layout { kChannelsFirst, kChannelsLast };  // of a batch of images in
 //   channel scheme: v [groups*rank, in_channels, kernel_h, kernel_w], u [groups*out_channels, rank, 1, 1]
 //   spatial scheme: v [groups*rank, in_channels, kernel_h, 1],        u [groups*out_channels, rank, 1, kernel_w]
 struct LowRankConvShape {
-  int64_t batch, groups, in_channels, rank, out_channels;
-  int64_t height, width;          // of the input
-  int64_t out_height, out_width;  // of the output
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  bool spatial;
+  int64_t batch = 0, groups = 1, in_channels = 0, rank = 0, out_channels = 0;
+  int64_t height = 0, width = 0;          // of the input
+  int64_t out_height = 0, out_width = 0;  // of the output
+  int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
+  bool spatial = false;
 
   // Of the intermediate z = v * x, [batch, groups*rank, out_height, z_width()].
   int64_t z_width() const { return spatial ? width : out_width; }
 };
 
+// What the shapes of the factors say: channels, kernel and scheme. They are taken as checked.
+inline LowRankConvShape factors_shape(const std::vector<int64_t>& v, const std::vector<int64_t>& u, int64_t groups) {
+  const bool spatial = u[3] > 1;
+  return {.groups = groups,
+          .in_channels = v[1],
+          .rank = u[1],
+          .out_channels = u[0] / groups,
+          .kernel_h = v[2],
+          .kernel_w = spatial ? u[3] : v[3],
+          .spatial = spatial};
+}
+
 struct LowRankConvArguments {
-  LowRankConvShape shape;
-  Dtype dtype;  // of input, residual, output, z and bias; sums are float32
-  Layout input_layout, output_layout;
-  const void* input;
-  const void* bias;      // [groups*out_channels] or null
-  const void* residual;  // added before the ReLU; laid out as the output, or null
-  bool relu;
-  void* output;
-  void* z;  // the intermediate, channels last, for the backward pass; null: not wanted
+  LowRankConvShape shape = {};
+  Dtype dtype = Dtype::kFloat32;  // of input, residual, output, z and bias; sums are float32
+  Layout input_layout = Layout::kChannelsFirst, output_layout = Layout::kChannelsFirst;
+  const void* input = nullptr;
+  const void* bias = nullptr;      // [groups*out_channels] or null
+  const void* residual = nullptr;  // added before the ReLU; laid out as the output, or null
+  bool relu = false;
+  void* output = nullptr;
+  void* z = nullptr;  // the intermediate, channels last, for the backward pass; null: not wanted
 };
 
 namespace cpu {

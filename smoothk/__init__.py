@@ -19,17 +19,14 @@ del _checkout, Path
 from .backend import BackendUnavailable, info  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .compress import CompressionResult, compress, factorize, recalibrate_batch_norm  # noqa: E402
-from .functional import (  # noqa: E402
-    difference_penalty,
-    low_rank_conv1d,
-    low_rank_conv2d,
-    low_rank_conv3d,
-    nuclear_norm,
-)
+from .functional import difference_penalty, nuclear_norm  # noqa: E402
+from .inference import optimize_for_inference  # noqa: E402
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
+from .low_rank_conv import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d  # noqa: E402
 from .penalties import SmoothnessPenalty  # noqa: E402
 from .rank_plan import RankPlan  # noqa: E402
 from .ranks import plan_ranks  # noqa: E402
+from .tuning import tune  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",
@@ -50,7 +47,9 @@ __all__ = [
     "low_rank_conv2d",
     "low_rank_conv3d",
     "nuclear_norm",
+    "optimize_for_inference",
     "plan_ranks",
     "recalibrate_batch_norm",
     "save",
+    "tune",
 ]

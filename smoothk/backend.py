@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "difference_penalty": ("triton", "cpp", "torch"),
     "nuclear_norm": ("torch",),
     "polar_factors": ("triton", "torch"),  # the nuclear norm by Newton-Schulz
-    "low_rank_conv": ("torch",),
+    "low_rank_conv": ("cpp", "torch"),
 }
 
 # Not yet run on a GPU: taken only where asked for by name.
@@ -37,6 +38,7 @@ UNVERIFIED = {("difference_penalty", "triton"), ("polar_factors", "triton")}
 KERNEL_DTYPES = {
     "difference_penalty": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "polar_factors": (torch.float32, torch.bfloat16, torch.float16),
+    "low_rank_conv": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 _lock = threading.RLock()
@@ -139,6 +141,11 @@ def _tensor_obstacle(tensors: Sequence[torch.Tensor], device: str, dtypes: Seque
     return None
 
 
+def extension() -> ModuleType:
+    """The module ``smoothk._C``, where the backend ``cpp`` is available."""
+    return sys.modules["smoothk._C"]
+
+
 def _load_cpp() -> str | None:
     record = _build_record()
     # Only in this package's own folder: from a second checkout, an editable install's finder would offer the first's.
@@ -153,7 +160,9 @@ def _load_cpp() -> str | None:
         )
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return reason
-    importlib.import_module("smoothk.ops").register("smoothk")
+    ops = importlib.import_module("smoothk.ops")
+    ops.register("smoothk")
+    ops.register_low_rank_conv()
     return None
 
 

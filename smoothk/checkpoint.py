@@ -1,8 +1,9 @@
 """Files: compressed models as safetensors, written atomically, read without unpickling anything.
 
 A file holds the tensors of the model's state dict and, under the metadata key ``smoothk``, a JSON object with the
-format's ``version``, the ``plan`` (each low-rank layer's shape, groups, scheme and rank), the names of ``tied``
-tensors, and a ``sha256`` over all of it: safetensors itself does not notice a changed byte.
+format's ``version``, the ``plan`` (each low-rank layer's shape, groups, scheme and rank), the ``methods`` of layers that
+have one other than ``"auto"``, the names of ``tied`` tensors, and a ``sha256`` over all of it: safetensors itself does
+not notice a changed byte.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .compress import deep_copy, empty_low_rank_layer, planned_layers, replace_layers
 from .layers import _LowRank
+from .low_rank_conv import check_method
 from .rank_plan import LayerPlan, RankPlan
 
 FORMAT_VERSION = 1
@@ -51,6 +53,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     tensors, tied = _unique_tensors(model)
     header = {"version": FORMAT_VERSION, "plan": json.loads(_plan_of(model).to_json()), "tied": tied}
+    if methods := _methods_of(model):
+        header["methods"] = methods
     header["sha256"] = _digest(header, tensors)
     atomic_write(path, safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)}))
 
@@ -75,7 +79,7 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
     model = model_or_factory if isinstance(model_or_factory, nn.Module) else None
     if model is None and not callable(model_or_factory):
         raise TypeError(f"model_or_factory must be a module or a function, got {type(model_or_factory).__name__}")
-    plan, tensors = _read(Path(path))
+    plan, methods, tensors = _read(Path(path))
     dense = deep_copy(model) if model is not None else model_or_factory()
     if not isinstance(dense, nn.Module):
         raise TypeError(f"model_or_factory must give a torch.nn.Module, got {type(dense).__name__}")
@@ -85,6 +89,8 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
         layers = planned_layers(dense, plan)
         small = replace_layers(dense, {n: empty_low_rank_layer(m, plan.layers[n]) for n, m in layers.items()})
         _assign(small, tensors)
+        for name, method in methods.items():
+            small.get_submodule(name).method = method
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from None
     return small
@@ -154,6 +160,12 @@ def _plan_of(model: nn.Module) -> RankPlan:
     return RankPlan("saved", "params", kept / max(before, 1), before, kept, layers=layers)
 
 
+def _methods_of(model: nn.Module) -> dict[str, str]:
+    """How the low-rank layers are computed, where that is not left to smoothk."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LowRank)}
+    return {name: layer.method for name, layer in layers.items() if layer.method != "auto"}
+
+
 def _digest(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the header (its own digest left out) and of every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode())
@@ -164,8 +176,8 @@ def _digest(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[RankPlan, dict[str, Tensor]]:
-    """Plan and tensors of a file, tied names included, every byte of it checked."""
+def _read(path: Path) -> tuple[RankPlan, dict[str, str], dict[str, Tensor]]:
+    """Plan, methods and tensors of a file, tied names included, every byte of it checked."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -183,11 +195,16 @@ def _read(path: Path) -> tuple[RankPlan, dict[str, Tensor]]:
             raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
         plan = RankPlan.from_json(json.dumps(header["plan"]))
         tensors.update({name: tensors[first] for name, first in header["tied"].items()})
+        methods = header.get("methods", {})
+        if any(name not in plan.factorized for name in methods):
+            raise CheckpointError(f"{path} is damaged: it has a method for a layer that is not low-rank")
+        for method in methods.values():
+            check_method(method)
     except CheckpointError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a smoothk file: {error}") from None
-    return plan, tensors
+    return plan, methods, tensors
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

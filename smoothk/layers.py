@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d
+from .low_rank_conv import check_method, low_rank_conv, low_rank_linear
+from .reference import merged_weight
 from .svd import full_rank, parameters_per_rank, rank_for_energy, squared_singular_values, truncated_factors
-from .unfolding import check_unfolding, fold, matrix_shape
+from .unfolding import check_unfolding, matrix_shape
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -71,6 +72,17 @@ class _LowRank(nn.Module):
     v: nn.Parameter
     u: nn.Parameter
     bias: nn.Parameter | None
+    _method = "auto"
+
+    @property
+    def method(self) -> str:
+        """How the layer is computed: ``"auto"`` (default), ``"fused"``, ``"pair"`` or ``"merged"``; see
+        `smoothk.low_rank_conv2d`. `smoothk.tune` sets it."""
+        return self._method
+
+    @method.setter
+    def method(self, method: str) -> None:
+        self._method = check_method(method)
 
     def _adopt(self, dense: Conv | nn.Linear, v: Tensor, u: Tensor) -> None:
         """Take the factors of ``dense``'s weight and its bias, mode and flags; no tensor is shared with it."""
@@ -272,23 +284,15 @@ class _LowRankConvNd(_LowRank):
     @property
     def weight(self) -> Tensor:
         """The dense weight ``[C_out, C_in/groups, *kernel]``, the product of the factors; differentiable."""
-        v = self.v.reshape(self.groups, self.rank, -1)
-        return fold(self._u_to_matrices() @ v, self.weight_shape, self.scheme)
+        return merged_weight(self.v, self.u, self.groups, self.scheme)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of `weight`, known without computing it."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def _u_to_matrices(self) -> Tensor:
-        """u as ``[groups, rows, rank]``."""
-        if self.scheme == "channel":
-            return self.u.reshape(self.groups, -1, self.rank)
-        grouped = self.u.reshape(self.groups, -1, self.rank, self.kernel_size[1])
-        return grouped.transpose(2, 3).reshape(self.groups, -1, self.rank)
-
     def _u_from_matrices(self, u: Tensor) -> Tensor:
-        """Inverse of `_u_to_matrices`."""
+        """u from ``[groups, rows, rank]``, the rows of the unfolded weight."""
         if self.scheme == "channel":
             return u.reshape(self.u.shape)
         grouped = u.reshape(self.groups, -1, self.kernel_size[1], self.rank)
@@ -296,12 +300,17 @@ class _LowRankConvNd(_LowRank):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, C_in, *size]`` to ``[N, C_out, *size_out]``, as the dense layer with weight `weight`."""
+        return self.compute(input)
+
+    def compute(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """`forward`, then ``residual`` added and ReLU applied, as far as asked for, in one pass where there is a
+        kernel."""
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._pad, mode=self.padding_mode), 0
-        return _FUNCTIONAL[self.axes](
-            input, self.v, self.u, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        options = self.stride, padding, self.dilation, self.groups
+        factors = self.v, self.u, self.bias
+        return low_rank_conv(self.axes, input, *factors, *options, self.method, residual=residual, relu=relu)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
@@ -366,7 +375,6 @@ class LowRankConv3d(_LowRankConvNd):
 
 _DENSE: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FACTORIZED: dict[int, type[_LowRankConvNd]] = {1: LowRankConv1d, 2: LowRankConv2d, 3: LowRankConv3d}
-_FUNCTIONAL = {1: low_rank_conv1d, 2: low_rank_conv2d, 3: low_rank_conv3d}
 
 
 class LowRankLinear(_LowRank):
@@ -462,7 +470,12 @@ class LowRankLinear(_LowRank):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return F.linear(F.linear(input, self.v), self.u, self.bias)
+        return self.compute(input)
+
+    def compute(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """`forward`, then ``residual`` added and ReLU applied, as far as asked for, in one pass where there is a
+        kernel."""
+        return low_rank_linear(input, self.v, self.u, self.bias, self.method, residual=residual, relu=relu)
 
     def extra_repr(self) -> str:
         return (

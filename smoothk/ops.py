@@ -37,6 +37,32 @@ def register(namespace: str) -> None:
     register_autograd(backward, _backward_backward, setup_context=_save_backward)
 
 
+def register_low_rank_conv() -> None:
+    """Register the fake kernels of the C++ operators of the low-rank convolution; `smoothk.low_rank_ops` has the one
+    with a derivative."""
+    register_fake("smoothk::low_rank_conv_pack", _fake_pack)
+    register_fake("smoothk::low_rank_conv_fused", _fake_fused)
+
+
+def _fake_pack(v: Tensor, u: Tensor, groups: int) -> Tensor:
+    from .backend import extension
+
+    size = extension().low_rank_conv_packed_size(list(v.shape), list(u.shape), groups)
+    return v.new_empty(size, dtype=torch.float32)
+
+
+def _fake_fused(input: Tensor, packed: Tensor, bias: Any, residual: Any, *options: Any) -> tuple[Tensor, Tensor]:
+    v_shape, u_shape, _, _, _, output_size, _, _, channels_last, with_z = options
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    size = (input.shape[0], u_shape[0], *output_size)
+    y = input.new_empty(size).contiguous(memory_format=memory_format)
+    if not with_z:
+        return y, input.new_empty(0)
+    width = input.shape[3] if u_shape[3] > 1 else output_size[1]
+    z = input.new_empty((input.shape[0], v_shape[0], output_size[0], width))
+    return y, z.contiguous(memory_format=torch.channels_last)
+
+
 def register_polar_factors(
     namespace: str, kernel: Callable[[list[Tensor], str, str], tuple[Tensor, list[Tensor]]]
 ) -> None:

@@ -114,10 +114,39 @@ def low_rank_conv(
     groups: int,
     scheme: str,
 ) -> Tensor:
-    """``u * (v * input) + bias`` as two library convolutions; see `smoothk.low_rank_conv2d`."""
+    """``u * (v * input) + bias`` as two library convolutions; see `smoothk.low_rank_conv2d`. Factors without spatial
+    axes are those of a linear map."""
+    if v.dim() == 2:
+        return F.linear(F.linear(input, v), u, bias)
     conv = _CONV[v.dim() - 2]
     if scheme == "channel":
         return conv(conv(input, v, None, stride, padding, dilation, groups), u, bias, groups=groups)
     pad_h, pad_w = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
     z = conv(input, v, None, (stride[0], 1), pad_h, (dilation[0], 1), groups)
     return conv(z, u, bias, (1, stride[1]), pad_w, (1, dilation[1]), groups)
+
+
+def merged_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The same as one library convolution with `merged_weight`."""
+    if weight.dim() == 2:
+        return F.linear(input, weight, bias)
+    return _CONV[weight.dim() - 2](input, weight, bias, stride, padding, dilation, groups)
+
+
+def merged_weight(v: Tensor, u: Tensor, groups: int, scheme: str) -> Tensor:
+    """The dense weight ``[C_out, C_in/groups, *kernel]``, the product of the factors; differentiable."""
+    rank = u.shape[1]
+    left = u.reshape(groups, -1, rank)
+    shape = (u.shape[0], *v.shape[1:])
+    if scheme == "spatial":
+        left = u.reshape(groups, -1, rank, u.shape[3]).transpose(2, 3).reshape(groups, -1, rank)
+        shape = (u.shape[0], v.shape[1], v.shape[2], u.shape[3])
+    return fold(left @ v.reshape(groups, rank, -1), shape, scheme)

@@ -36,7 +36,8 @@ def test_the_fastest_backend_that_can_run_is_chosen() -> None:
         assert choose("difference_penalty", None, tensors) == FASTEST
     assert choose("difference_penalty", None, []) == FASTEST
     assert choose("nuclear_norm", None, [torch.ones(3, 3)]) == "torch"
-    assert choose("low_rank_conv", None, [torch.ones(3, 3)]) == "torch"
+    assert choose("low_rank_conv", None, [torch.ones(3, 3)]) == FASTEST
+    assert choose("low_rank_conv", None, [torch.ones(3, 3).double()]) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_fake_tensors_go_to_torch() -> None:
     ("op", "name", "reason"),
     [
         ("difference_penalty", "cuda", "this version of smoothk has no CUDA kernels"),
-        ("low_rank_conv", "triton", "Triton|no low_rank_conv kernel; use one of torch"),
+        ("low_rank_conv", "triton", "Triton|no low_rank_conv kernel; use one of cpp, torch"),
         ("nuclear_norm", "cpp", "not built|no nuclear_norm kernel; use one of torch"),
         ("low_rank_conv", "cuda", "this version of smoothk has no CUDA kernels"),
     ],

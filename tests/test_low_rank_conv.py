@@ -13,10 +13,13 @@ from conftest import assert_close_rel
 from torch import Tensor
 
 import smoothk
+from smoothk.backend import unavailable_reason
 
 # torch says so of its own layers, too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
+cpp_missing = unavailable_reason("cpp")
+needs_cpp = pytest.mark.skipif(cpp_missing is not None, reason=str(cpp_missing))
 OPS = {1: smoothk.low_rank_conv1d, 2: smoothk.low_rank_conv2d, 3: smoothk.low_rank_conv3d}
 
 
@@ -97,11 +100,40 @@ CASES = [
 ]
 
 
+KERNEL_CASES = [case for case in CASES if case.axes < 3] + [
+    replace(case, scheme=scheme, channels=channels)
+    for scheme in ("channel", "spatial")
+    for channels, case in (
+        ((24, 40), Case((3, 3), (9, 11), padding=1, rank=16)),
+        ((17, 33), Case((3, 3), (8, 8), padding=1, rank=19)),
+        ((36, 66), Case((3, 3), (13, 6), stride=2, padding=1, groups=2, rank=13)),
+        ((16, 70), Case((1, 1), (20, 3), rank=9)),
+        ((8, 130), Case((5, 3), (7, 40), padding=2, rank=7, dilation=(1, 2))),
+    )
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_values(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("method", ["auto", "pair", "merged"])
+def test_values(case: Case, dtype: torch.dtype, method: str) -> None:
     tensors = case.tensors(dtype)
-    assert_close_rel(case.run(*tensors), case.expected(*tensors), dtype)
+    assert_close_rel(case.run(*tensors, method=method), case.expected(*tensors), dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_values_of_the_kernel(case: Case, layout: torch.memory_format) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, *factors = case.tensors(dtype)
+        if case.axes == 2:
+            x = x.to(memory_format=layout)
+        y = case.run(x, *factors, backend="cpp")
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=layout if case.axes == 2 else torch.contiguous_format)
+        wide = (None if t is None else t.double() for t in (x, *factors))
+        assert_close_rel(y, case.run(*wide, backend="torch"), dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -120,6 +152,27 @@ def test_gradients_are_those_of_the_product(case: Case) -> None:
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
     expected = float(np.sum(above.numpy() * (loops(1e-4) - loops(-1e-4)))) / 2e-4
     assert slope.item() == pytest.approx(expected, rel=1e-6, abs=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", [case for case in CASES if case.axes < 3], ids=str)
+def test_gradients_of_the_kernel(case: Case) -> None:
+    """They are those of the two convolutions, in float32."""
+    tensors = [t.requires_grad_() for t in case.tensors(torch.float32) if t is not None]
+    rest = [None] if not case.bias else []
+    expected = [t.detach().double().requires_grad_() for t in tensors]
+    y, wide = case.run(*tensors, *rest, backend="cpp"), case.run(*expected, *rest)
+    above = torch.randn_like(y)
+    first = torch.autograd.grad(y, tensors, above, create_graph=True)
+    wide_first = torch.autograd.grad(wide, expected, above.double(), create_graph=True)
+    for gradient, wanted in zip(first, wide_first, strict=True):
+        assert_close_rel(gradient, wanted, torch.float32)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors, allow_unused=True)
+    wide_second = torch.autograd.grad(sum(g.square().sum() for g in wide_first), expected, allow_unused=True)
+    for gradient, wanted in zip(second, wide_second, strict=True):
+        assert (gradient is None) == (wanted is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.groups == 2], ids=str)
@@ -184,8 +237,10 @@ def test_both_readings_of_factors_without_width_agree() -> None:
 def test_an_empty_batch(scheme: str) -> None:
     case = Case((3, 3), (5, 6), scheme, padding=1)
     x, v, u, bias = case.tensors()
-    y = case.run(x[:0], v, u, bias)
-    assert y.shape == (0, 6, 5, 6)
+    for method in ("auto", "pair", "merged", "fused"):
+        for dtype in (torch.float32, torch.float64):
+            tensors = (None if t is None else t.to(dtype) for t in (x[:0], v, u, bias))
+            assert case.run(*tensors, method=method).shape == (0, 6, 5, 6)
 
 
 X, V, U = (2, 4, 5, 5), (3, 4, 3, 3), (6, 3, 1, 1)  # shapes that fit each other
@@ -213,6 +268,8 @@ X, V, U = (2, 4, 5, 5), (3, 4, 3, 3), (6, 3, 1, 1)  # shapes that fit each other
         ({"padding": "full"}, ValueError, "padding must be 'same', 'valid'.*got 'full'"),
         ({"padding": "same", "stride": 2}, ValueError, "padding 'same' needs stride 1, got stride 2"),
         ({"backend": "metal"}, ValueError, "backend must be None or one of"),
+        ({"method": "fast"}, ValueError, "method must be one of 'auto', 'fused', 'pair', 'merged', got 'fast'"),
+        ({"dilation": 3}, ValueError, r"input must be at least as large as the kernel: padded it has size \[5, 5\], .*7"),
     ],
 )
 def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:

@@ -1,0 +1,49 @@
+"""What is computed from a pair of factors once and used until they change: the packed form of the C++ kernel, and the
+merged dense weight.
+
+A value is kept for as long as the tensor ``v`` lives. It is computed anew when a factor was replaced, moved, or written
+to: torch counts the writes to a tensor, all but those through ``.data``, for which the bits of up to 64 entries of each
+factor (all, of small ones) are compared as well.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import backend
+
+_lock = threading.Lock()
+_values: WeakIdKeyDictionary = WeakIdKeyDictionary()  # v -> {kind: (weak reference to u, state, value)}
+
+
+def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, or what it gave when it was last called for this ``kind`` and these factors as they are now."""
+    if v.is_inference() or u.is_inference():  # torch does not count the writes to these
+        return compute()
+    state = _state(v, u)
+    entry = _values.get(v, {}).get(kind)
+    if entry is not None and entry[0]() is u and entry[1] == state:
+        return entry[2]
+    with torch.no_grad():
+        value = compute()
+    with _lock:
+        _values.setdefault(v, {})[kind] = (weakref.ref(u), state, value)
+    return value
+
+
+def _state(v: Tensor, u: Tensor) -> tuple[int, ...]:
+    return v._version, u._version, v.data_ptr(), u.data_ptr(), _sample(v), _sample(u)
+
+
+def _sample(factor: Tensor) -> int:
+    if backend.unavailable_reason("cpp") is None and factor.is_cpu and factor.is_contiguous():
+        return backend.extension().sample_bits(factor.data_ptr(), factor.nbytes)
+    flat = factor.detach().reshape(-1)
+    step = max(1, flat.numel() // 64)
+    return hash(tuple(flat[::step].tolist()))
