@@ -57,10 +57,11 @@ void check_grads(const std::vector<Tensor>& grads, const std::vector<Tensor>& we
     const auto expected = weights[t].sizes(), sizes = grads[t].sizes(), strides = grads[t].strides();
     STD_TORCH_CHECK(expected.size() == sizes.size() && std::equal(expected.begin(), expected.end(), sizes.begin()),
                     "grads[", t, "] must have the shape of weights[", t, "]");
+    if (grads[t].numel() == 0) continue;
     for (size_t d = 0; d < sizes.size(); ++d) {
       STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, "grads[", t, "] must not be an expanded tensor");
     }
-    if (grads[t].numel() > 0) starts.push_back(grads[t].const_data_ptr());
+    starts.push_back(grads[t].const_data_ptr());
   }
   std::sort(starts.begin(), starts.end());
   STD_TORCH_CHECK(std::adjacent_find(starts.begin(), starts.end()) == starts.end(),
@@ -74,8 +75,9 @@ bool describe(const Tensor& tensor, const std::vector<int64_t>& dims, int64_t or
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const auto rank = static_cast<int64_t>(sizes.size());
   std::vector<int64_t> axes, spans(rank, 1);
+  const bool empty = tensor.numel() == 0;  // its strides mean nothing, and no copy would change them
   for (int64_t d = 0; d < rank; ++d) {
-    if (sizes[d] > 1) axes.push_back(d);
+    if (sizes[d] > 1 && !empty) axes.push_back(d);
   }
   std::sort(axes.begin(), axes.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   result = {.size = 1, .run = 1, .pitch = 1};
@@ -91,7 +93,7 @@ bool describe(const Tensor& tensor, const std::vector<int64_t>& dims, int64_t or
     spans[d] = result.size;
     result.size *= sizes[d];
   }
-  if (tensor.numel() == 0) result.size = 0;
+  if (empty) result.size = 0;
   for (int64_t dim : dims) {
     if (dim < 0) dim += rank;
     if (dim < 0 || dim >= rank || sizes[dim] <= order) continue;

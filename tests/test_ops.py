@@ -166,6 +166,22 @@ def test_a_dim_that_is_missing_or_short_leaves_the_gradient_alone() -> None:
         assert all(map(torch.equal, grads, before))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_empty_weights_take_nothing_from_the_others(dtype: torch.dtype) -> None:
+    full = torch.randn(8, 5).to(dtype)
+    # Strides that a tensor with entries could not be written through, and that no copy changes.
+    empty = [torch.zeros(0, 6, dtype=dtype), torch.zeros(9, 4, dtype=dtype)[::2, :0], full[:1].expand(4, 5)[:, :0]]
+    for orders, norm, normalized in OPTIONS:
+        for weights in ([*empty, full], [full, *empty]):
+            grads = [torch.zeros_like(weight) if weight is full else weight.detach() for weight in weights]
+            terms, gradients = expected(weights, orders, [0, 1], norm, normalized)
+            result = accumulate(grads, weights, orders, [0, 1], norm, normalized, EPS)
+            assert_close_rel(result, COEFFICIENTS[: len(orders)] * torch.as_tensor(terms), torch.float32)
+            backwards = backward(COEFFICIENTS[: len(orders)], weights, orders, [0, 1], norm, normalized, EPS)
+            for actual in (*zip(grads, gradients, strict=True), *zip(backwards, gradients, strict=True)):
+                assert_close_rel(*actual, dtype)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_nan_reaches_every_gradient_entry_it_touches(norm: str) -> None:
     weight = torch.randn(9, 4)

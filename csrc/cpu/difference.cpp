@@ -277,7 +277,8 @@ class Evaluation {
   PerOrder operator()(const DifferenceTensor* tensors, int64_t count) {
     weights_.clear();
     for (int64_t t = 0; t < count; ++t) weights_.push_back(make_weight(tensors[t]));
-    const bool gradient = tensors[0].grad != nullptr;
+    // Not by the first one alone: an empty tensor has no address.
+    const bool gradient = std::any_of(tensors, tensors + count, [](const auto& tensor) { return tensor.grad; });
     pass(gradient && options_.one_pass());
     PerOrder total{};
     for (Weight<T>& weight : weights_) {
