@@ -279,7 +279,7 @@ def difference_kernel(
     addresses,  # int64 [tensors, 2]: weight, gradient
     spans,  # int64 [tensors, 2]: first tile, number of tiles
     coefficients,  # [orders]
-    factors,  # [orders, groups]: for l21, 1 / length of each difference
+    factors,  # [orders, groups]: for l21, 1 / length of each difference; its dtype is that of all arithmetic
     partials,  # [orders + 1, programs]: sums of each tile
     sums,  # [orders + 2, tensors]: terms; where normalized, 1 / scale and its logarithmic derivative, negated
     tickets,  # int32 [tensors + 1]: zeros before and after a launch

@@ -82,7 +82,8 @@ class _Layout:
             if not weight.numel() and options.norm != "l21":  # where each empty difference has the length sqrt(eps)
                 continue
             for axis in axes_of(weight, options.dim, options.orders[0]):
-                axes.setdefault(i, []).append(_Axis(weight.shape[axis], weight.stride(axis), self.groups))
+                stride = max(weight.stride(axis), 1)  # an empty weight may have a 0, and kernels divide by it
+                axes.setdefault(i, []).append(_Axis(weight.shape[axis], stride, self.groups))
                 self.groups += weight.shape[axis]
         by_rows = [
             i
@@ -150,7 +151,7 @@ class _Plan:
         orders, tensors = len(options.orders), len(layout.active)
         self.shared: dict[str, Any] = {
             "addresses": to_device(np.array([addresses[i] for i in layout.active]), device),
-            "factors": empty(orders, layout.groups),
+            "factors": empty(orders, layout.groups if options.norm == "l21" else 0),
             "sums": empty(orders + 2, tensors),
             "tickets": torch.zeros(tensors + 1, dtype=torch.int32, device=device),
             "tensors": tensors,
@@ -258,9 +259,11 @@ def _check(weights: Sequence[Tensor], grads: Sequence[Tensor], options: _Options
         if (grad.dtype, grad.device) != (grads[0].dtype, first.device) or grad.dtype not in _grad_dtypes(first.dtype):
             names = " or ".join(map(str, _grad_dtypes(first.dtype)))
             raise ValueError(f"grads must all be of {names} on {first.device}, got {grad.dtype} on {grad.device}")
+        if not grad.numel():
+            continue
         if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
             raise ValueError(f"grads[{i}] must not be an expanded tensor, got strides {grad.stride()}")
-        if grad.numel() and found.setdefault(grad.data_ptr(), i) != i:
+        if found.setdefault(grad.data_ptr(), i) != i:
             raise ValueError(f"grads must not share memory, got grads[{found[grad.data_ptr()]}] again as grads[{i}]")
 
 

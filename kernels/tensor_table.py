@@ -17,8 +17,9 @@ Table = TypeVar("Table")
 
 
 def signature(tensors: Sequence[Tensor]) -> Hashable:
-    """What a table of ``tensors`` depends on: addresses, shapes, strides and dtypes."""
+    """What a table of ``tensors``, all on one device, depends on: addresses, shapes, strides and dtypes."""
     return (
+        tensors[0].device,  # empty tensors have no address
         tuple(map(Tensor.data_ptr, tensors)),
         tuple(map(Tensor.size, tensors)),
         tuple(map(Tensor.stride, tensors)),

@@ -155,6 +155,17 @@ def test_backward_is_the_gradient_in_the_strides_of_the_weight() -> None:
             assert_close_rel(grad, gradient, torch.float64)
 
 
+def test_empty_weights_take_nothing_from_the_others() -> None:
+    full = randn(8, 5)
+    empty = [randn(0, 6), randn(9, 4)[::2, :0], full[:1].expand(4, 5)[:, :0]]
+    for orders, norm, normalized in OPTIONS[::5]:
+        for weights in ([*empty, full], [full, *empty]):
+            check(weights, [torch.zeros_like(w) if w is full else w for w in weights], orders, [0, 1], norm, normalized)
+            gradients = expected(weights, orders, [0, 1], norm, normalized)[1]
+            for grad, gradient in zip(backward(weights, orders, [0, 1], norm, normalized), gradients, strict=True):
+                assert_close_rel(grad, gradient, torch.float32)
+
+
 def test_a_dim_that_is_missing_or_short_leaves_the_gradient_alone() -> None:
     for orders, norm, normalized in OPTIONS[::5]:
         weights = [randn(min(orders), 3), randn(min(orders), 0)]
@@ -360,6 +371,18 @@ def test_a_capture_without_a_warm_up_is_refused(monkeypatch: pytest.MonkeyPatch)
     streams.current = (7, True)
     accumulate([grad], [weight], [1], [0], "l2", False)
     assert_close_rel(grad, 2 * torch.from_numpy(expected([weight], [1], [0], "l2", False)[1][0]), torch.float32)
+
+
+def test_empty_tensors_are_told_apart_by_their_device() -> None:
+    empty = [torch.empty(0, 3, device=device) for device in ("cpu", "meta")]
+    assert tensor_table.signature(empty[:1]) != tensor_table.signature(empty[1:])
+
+
+def test_only_l21_needs_memory_for_every_difference() -> None:
+    for norm, entries in (("l2", 0), ("l21", 2 * 5000)):
+        weight = randn(5000)
+        accumulate([torch.zeros_like(weight)], [weight], [1, 2], [0], norm, False)
+        assert newest_plan().shared["factors"].numel() == entries
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
