@@ -154,6 +154,7 @@ class SmoothnessPenalty(nn.Module):
 
         Raises:
             TypeError: a ``.grad`` is not dense. Nothing has been changed then.
+            ValueError: a ``.grad`` is an expanded tensor, of which several entries are one; nothing has been changed.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
         weights, kind = self._active(), self._result_kind
@@ -229,6 +230,8 @@ class SmoothnessPenalty(nn.Module):
         for name, weight in weights.items():
             if weight.grad is not None and weight.grad.layout != torch.strided:
                 raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {weight.grad.layout}")
+            if weight.grad is not None and _is_expanded(weight.grad):
+                raise ValueError(f".grad of {name} must not be an expanded tensor, got strides {weight.grad.stride()}")
         tensors = list(weights.values())
         if self._orders:
             check_backend("difference_penalty", self.backend, tensors, [weight.grad for weight in tensors])
@@ -242,6 +245,11 @@ class SmoothnessPenalty(nn.Module):
         return accumulate_difference_penalty(
             weights, _grads(weights), coefficients, self._orders, **self._difference_options
         )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    return 0 in strides and any(not stride and size > 1 for stride, size in zip(strides, tensor.shape, strict=True))
 
 
 def _grads(weights: Iterable[nn.Parameter]) -> list[Tensor]:

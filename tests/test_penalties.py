@@ -404,6 +404,14 @@ def test_polar_factors_are_not_kept_for_other_weights() -> None:
     assert_close_rel(penalty(), expected([model[0].weight], options)[0], torch.float64)
 
 
+def test_polar_factors_are_not_kept_in_another_precision() -> None:
+    model = nn.Linear(6, 4)
+    penalty = SmoothnessPenalty(model, first_order=0, nuclear=1.0, every=100)
+    penalty()
+    model.double()
+    assert_close_rel(penalty(), expected([model.weight], {"first_order": 0, "nuclear": 1.0})[0], torch.float64)
+
+
 def test_parameters_that_are_replaced_are_followed() -> None:
     model = small_model().to("meta")
     penalty = SmoothnessPenalty(model, **ALL_TERMS)
@@ -498,6 +506,20 @@ def test_a_gradient_that_is_not_dense_is_named_and_nothing_changes() -> None:
     with pytest.raises(TypeError, match=r"\.grad of 4\.weight must be a dense"):
         SmoothnessPenalty(model, **ALL_TERMS).accumulate_grad()
     assert [g is None for g in grads_of(model)] == [g is None for g in before]
+
+
+@pytest.mark.parametrize("terms", [{"first_order": 0.5}, {"first_order": 0.0, "nuclear": 0.5}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_a_gradient_that_is_expanded_is_named_and_nothing_changes(terms: dict, backend: str | None) -> None:
+    model = small_model(torch.float32)
+    model[4].double()  # computed apart from the others
+    model[4].weight.grad = torch.ones(1, 8, dtype=torch.float64).expand(4, 8)
+    before = grads_of(model)
+    with pytest.raises(ValueError, match=r"\.grad of 4\.weight must not be an expanded tensor, got strides \(0, 1\)"):
+        SmoothnessPenalty(model, **terms, backend=backend).accumulate_grad()
+    assert [g is None for g in grads_of(model)] == [g is None for g in before]
+    model[4].weight.grad = torch.zeros(4, 8, dtype=torch.float64)
+    SmoothnessPenalty(model, **terms, backend=backend).accumulate_grad()
 
 
 @pytest.mark.parametrize(
