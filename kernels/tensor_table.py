@@ -71,7 +71,8 @@ class TableCache(Generic[Table]):
             if key not in self._tables:
                 raise RuntimeError(
                     "a CUDA graph can capture this only after a warm-up call with the same tensors: run a step before "
-                    "the capture, and keep the gradients where they are (zero_grad(set_to_none=False))"
+                    "the capture, and keep the gradients where they are (zero_grad(set_to_none=False)); a backward "
+                    "pass makes new ones: capture SmoothnessPenalty.accumulate_grad() in its place"
                 )
             self._captured[key] = self._tables.pop(key)[1]
         return self._captured[key]

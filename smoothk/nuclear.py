@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_norm, polar_factors
+from .reference import compute_dtype
 
 Weights = dict[str, Tensor]
 
@@ -92,8 +93,7 @@ class NuclearTerm:
         if self.every == 1:
             return {}
         fits = self._factors.keys() == weights.keys() and all(
-            self._factors[name].shape == weight.shape and self._factors[name].device == weight.device
-            for name, weight in weights.items()
+            _fits(self._factors[name], weight) for name, weight in weights.items()
         )
         if not fits or self._uses == self.every:
             pairs = polar_factors(list(weights.values()), **self.options)
@@ -101,6 +101,12 @@ class NuclearTerm:
             self._uses = 0
         self._uses += 1
         return self._factors
+
+
+def _fits(factor: Tensor, weight: Tensor) -> bool:
+    """Whether this can be the polar factor of such a weight: it has changed its kind where a model was moved."""
+    kind = weight.shape, weight.device, compute_dtype(weight.dtype), is_dtensor(weight)
+    return (factor.shape, factor.device, factor.dtype, is_dtensor(factor)) == kind
 
 
 def _along(weight: Tensor, factor: Tensor) -> Tensor:
