@@ -33,8 +33,6 @@ QUINTICS = tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in _POLA
 _RESOLVED = 1e-2
 _SMALL = 40_000  # entries up to which float64 is as fast
 
-Factored = tuple[float, Tensor, Tensor]
-
 
 def polar_factors(matrices: Sequence[Tensor], method: str) -> list[tuple[Tensor, Tensor]]:
     """``(‖W‖_*, U Vᵀ)`` of every non-empty float32 or float64 matrix, by one of `METHODS`.
@@ -93,72 +91,84 @@ def _polar_mixed(matrix: Tensor, largest: float) -> tuple[Tensor, Tensor]:
         found = _deflate(matrix if scale == 1 else matrix * scale)
     if found is None:
         return _polar_gram(matrix)
-    value, left, right = found
-    return matrix.new_tensor(value / scale), _product(left, right.mT)
+    value, factor = found
+    return matrix.new_tensor(value / scale), factor
 
 
-def _deflate(w: Tensor, threshold: float | None = None, noise: float = 0.0) -> Factored | None:
-    """``‖w‖_*`` and ``left, right`` with ``U Vᵀ = left @ right`` over the singular values above ``threshold``.
+def _deflate(w: Tensor) -> tuple[float, Tensor] | None:
+    """``‖w‖_*``, and ``U Vᵀ`` over the singular values above ``columns * eps * σ_max``.
 
-    Eigenvectors of the float32 Gram matrix, down to `_RESOLVED` times the largest singular value. The directions below
-    are projected out, freed of what rounding has left in them of the others, and treated in the same way: their Gram
+    ``U Vᵀ = left @ right``: in a basis of eigenvectors of the float32 Gram matrix the rows of ``w`` are orthogonal, and
+    ``left`` is that basis over their lengths. This holds as far down as float32 resolves them. The first ``count`` rows
+    are below; they are freed of what rounding has left in them of the others and treated in the same way: their Gram
     matrix has errors of their own, smaller, scale.
 
     Args:
         w: float32 ``[rows, columns]``, rows <= columns, largest entry about 1.
-        threshold: by default ``columns * eps * σ_max``.
-        noise: bound on the error of the singular values that comes with ``w``.
 
     Returns:
         None where a singular value is too close to the threshold to tell its side. Not even float64 recovers that from
-        a ``w`` with noise: the caller has to start from the exact matrix.
+        rows that were rounded: the caller has to start from the exact matrix.
     """
-    eps = torch.finfo(w.dtype).eps
-    first = threshold is None
-    for dtype in (torch.float32, torch.float64) if first or len(w) > 128 else (torch.float64,):
+    left, right, count = None, w, len(w)
+    value = cut = noise = 0.0
+    while True:
+        rows = right[:count]
+        found = _eigenvectors(rows, cut, noise)
+        if found is None:
+            return None
+        s, u, weak = found
+        if left is None:
+            largest = s[-1].item()
+            cut, noise = _threshold(w) * largest, torch.finfo(w.dtype).eps * largest
+        value += s[weak:].sum().item()
+        lengths = s.float()
+        if weak:
+            rows = _product(u.mT, rows.mT)
+            strong = rows[weak:]
+            overlap = _product(rows[:weak], strong) / lengths[weak:].square()
+            rows[:weak] -= _product(overlap, strong.mT)
+            u[:, weak:] /= lengths[weak:]
+        else:  # shorter than to turn the rows into the basis
+            u = _product(u * torch.where(s > cut, 1 / lengths, 0), u)
+        if left is None:
+            left, right = u, rows
+        else:
+            left[:, :count] = _product(left[:, :count], u.mT)
+            if weak:
+                right[:count] = rows
+        if not weak:
+            return value, _product(left, right.mT)
+
+        count = weak
+        # The sum of the singular values left is between the Frobenius norm and √count times as much. Where that norm is
+        # below the threshold and the sum a small part of the value, the middle is near enough.
+        norm = torch.linalg.vector_norm(right[:count]).item()
+        most = math.sqrt(count) * norm
+        if norm < cut - noise and most < 1e-3 * value:
+            return value + (norm + most) / 2, _product(left[:, count:], right[count:].mT)
+
+
+def _eigenvectors(w: Tensor, cut: float, noise: float) -> tuple[Tensor, Tensor, int] | None:
+    """Singular values in ascending order, float64, with left singular vectors, of which the first ones, as many as the
+    last number says, are not resolved; None where it is open on which side of ``cut`` one lies.
+
+    Args:
+        cut: the threshold, or 0 for that of `_threshold`.
+        noise: bound on the error of the singular values that comes with ``w``.
+    """
+    for dtype in (torch.float32, torch.float64) if not cut or len(w) > 128 else (torch.float64,):
         squares, u = torch.linalg.eigh(_gram(w.to(dtype)))
         s = squares.double().clamp_min(0).sqrt()
         largest = s[-1].item()
-        cut = _threshold(w) * largest if first else threshold
+        threshold = cut or _threshold(w) * largest
         resolved = _RESOLVED * largest if dtype == torch.float32 else 0.0
-        weak = int((s < resolved).sum()) if resolved > cut else 0
+        weak = int((s < resolved).sum()) if resolved > threshold else 0
         # The squares are wrong by less than 4 eps * σ_max², measured, so their roots at the cut by half that over it.
-        slack = 2 * torch.finfo(dtype).eps * largest**2 / cut + noise
-        if not ((s[weak:] - cut).abs() <= slack).any():
-            break
-    else:
-        return None
-    s, u = s.float(), u.float()
-    if not weak:
-        kept = int((s > cut).sum())
-        v, inverse = u[:, len(s) - kept :], 1 / s[len(s) - kept :]
-        if 2 * kept < len(s):
-            return s.sum().item(), v * inverse, _product(v.mT, w.mT)
-        return s.sum().item(), _product(v * inverse, v), w
-
-    rotated = _product(u.mT, w.mT)
-    remainder, strong = rotated[:weak], rotated[weak:]
-    overlap = _product(remainder, strong) / squares[weak:].float()
-    remainder -= _product(overlap, strong.mT)  # in `rotated`
-    value = s[weak:].sum().item()
-    inner = _deflate_remainder(remainder, cut, max(noise, eps * largest), value)
-    if inner is None:
-        return None
-    left = torch.cat([_product(u[:, :weak], inner[1].mT), u[:, weak:] / s[weak:]], 1)
-    return value + inner[0], left, rotated if inner[2] is remainder else torch.cat([inner[2], strong])
-
-
-def _deflate_remainder(w: Tensor, threshold: float, noise: float, value: float) -> Factored | None:
-    """`_deflate`, without a decomposition where the Frobenius norm alone says that nothing reaches the threshold.
-
-    The sum of the singular values is then between that norm and √rows times as much: the middle is near enough where
-    it is a small part of the ``value`` of the other directions.
-    """
-    norm = torch.linalg.vector_norm(w).item()
-    most = math.sqrt(len(w)) * norm
-    if norm < threshold - noise and most < 1e-3 * value:
-        return (norm + most) / 2, w[:, :0], w[:0]
-    return _deflate(w, threshold, noise)
+        slack = 2 * torch.finfo(dtype).eps * largest**2 / threshold + noise
+        if not ((s[weak:] - threshold).abs() <= slack).any():
+            return s, u.float(), weak
+    return None
 
 
 def _polar_newton_schulz(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
