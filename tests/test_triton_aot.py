@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -119,12 +120,13 @@ def test_aligned_weights_and_gradients_move_in_128_bits(case: Case, binaries: di
 def test_only_integers_are_added_atomically_and_in_order(case: Case, binaries: dict[Case, list[Binary]]) -> None:
     for binary in binaries[case]:
         opcodes = [each.opcode for each in binary.instructions]
-        tickets = [i for i, opcode in enumerate(opcodes) if opcode.startswith(("ATOM", "RED"))]
-        assert {opcodes[i] for i in tickets} <= {"ATOMG.E.ADD.STRONG.GPU"}  # int32: others name their type
-        fences = [(i, opcode) for i, opcode in enumerate(opcodes) if opcode.startswith(("MEMBAR", "CCTL.IVALL"))]
-        for before, ticket, after in zip([-1, *tickets], tickets, [*tickets[1:], len(opcodes)], strict=False):
-            assert any(before < i < ticket and "MEMBAR" in opcode for i, opcode in fences)  # release
-            assert any(ticket < i < after and "CCTL" in opcode for i, opcode in fences)  # acquire
+        tickets = [opcode for opcode in opcodes if opcode.startswith(("ATOM", "RED"))]
+        assert set(tickets) <= {"ATOMG.E.ADD.STRONG.GPU"}  # int32: others name their type
+        # One thread takes the ticket: after the stores of all threads, a barrier and the release; before they load what
+        # other programs have stored, the acquire and a barrier. (In between the last program resets the ticket.)
+        steps = {"STG": "s", "BAR.SYNC": "b", "MEMBAR": "r", "ATOM": "T", "CCTL.IVALL": "a", "LDG.*STRONG": "l"}
+        trace = "".join(step for opcode in opcodes for start, step in steps.items() if re.match(start, opcode))
+        assert len(re.findall("sb+rTab+s?(?=l)", trace)) == len(tickets), trace
 
 
 def test_one_pass_takes_a_ticket_for_the_tensor_and_one_for_the_sum(binaries: dict[Case, list[Binary]]) -> None:
