@@ -1,9 +1,9 @@
 """Files: compressed models as safetensors, written atomically, read without unpickling anything.
 
 A file holds the tensors of the model's state dict and, under the metadata key ``smoothk``, a JSON object with the
-format's ``version``, the ``plan`` (each low-rank layer's shape, groups, scheme and rank), the ``methods`` of layers that
-have one other than ``"auto"``, the names of ``tied`` tensors, and a ``sha256`` over all of it: safetensors itself does
-not notice a changed byte.
+format's ``version``, the ``plan`` (each low-rank layer's shape, groups, scheme and rank), the ``methods`` of the layers
+that have one other than ``"auto"``, the names of ``tied`` tensors, and a ``sha256`` over all of it: safetensors itself
+does not notice a changed byte.
 """
 
 from __future__ import annotations

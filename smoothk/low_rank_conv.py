@@ -116,8 +116,12 @@ def _run(
     elif method == "auto" and not compiling:
         layout = channels_last(input, v)
         method = low_rank_cost.fastest(as_2d(geometry), dtype or input.dtype, layout, differentiable)
+    if differentiable and geometry.axes == 0 and method != "merged":  # nothing is gained on two products
+        method = "pair"
     if method == "pair" or (method == "merged" and (differentiable or compiling or not _is_plain(v))):
         return finish(_by_library(input, v, u, bias, geometry, method), residual, relu)
+    if residual is not None and residual.shape != geometry.output:  # broadcast
+        return finish(_run(input, v, u, bias, None, geometry, method, backend, False), residual, relu)
     if dtype is not None:
         input, bias, residual = (None if t is None else t.to(dtype) for t in (input, bias, residual))
     if not (differentiable or compiling):

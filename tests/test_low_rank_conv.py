@@ -269,7 +269,7 @@ X, V, U = (2, 4, 5, 5), (3, 4, 3, 3), (6, 3, 1, 1)  # shapes that fit each other
         ({"padding": "same", "stride": 2}, ValueError, "padding 'same' needs stride 1, got stride 2"),
         ({"backend": "metal"}, ValueError, "backend must be None or one of"),
         ({"method": "fast"}, ValueError, "method must be one of 'auto', 'fused', 'pair', 'merged', got 'fast'"),
-        ({"dilation": 3}, ValueError, r"input must be at least as large as the kernel: padded it has size \[5, 5\], .*7"),
+        ({"dilation": 3}, ValueError, r"input must be at least as large .*padded it has size \[5, 5\], .*7"),
     ],
 )
 def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:

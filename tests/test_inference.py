@@ -1,0 +1,156 @@
+"""`smoothk.optimize_for_inference`: the same outputs from fewer modules."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import smoothk
+from smoothk.inference import LowRankReLU
+from smoothk.recipes.models import build
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """``model`` with batch norms that do something."""
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            if norm.track_running_stats:
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+            if norm.affine:
+                nn.init.normal_(norm.weight)
+                nn.init.normal_(norm.bias)
+    return model
+
+
+def count(model: nn.Module, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def check(model: nn.Module, x: Tensor) -> nn.Module:
+    """The optimised model, after its outputs and what must not have changed were compared."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = smoothk.optimize_for_inference(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in fast.parameters()}
+    assert not shared
+    assert not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    mode = model.training
+    wide = copy.deepcopy(model).eval().double()
+    with torch.no_grad():
+        expected = wide(x.double())
+        error = (fast(x) - expected).norm() / expected.norm()
+    assert error < 1e-5
+    assert model.training == mode
+    return fast
+
+
+@pytest.mark.parametrize(("arch", "size"), [("resnet18", 16), ("resnet20", 16)])
+def test_residual_networks(arch: str, size: int) -> None:
+    dense = with_statistics(build(arch, num_classes=10, width=0.25 if arch == "resnet18" else 1.0))
+    small = smoothk.compress(dense, keep=0.5).model
+    low_rank = count(small, smoothk.LowRankConv2d)
+    assert low_rank >= 3
+    fast = check(small, torch.randn(2, 3, size, size))
+    assert count(fast, nn.BatchNorm2d) == 0
+    assert count(fast, smoothk.LowRankConv2d) == low_rank
+    blocks = [m for m in fast.modules() if isinstance(m, LowRankReLU)]
+    # Every one but the projections of shortcuts is followed by a ReLU.
+    kinds = {name: isinstance(m, smoothk.LowRankConv2d) for name, m in small.named_modules()}
+    assert len(blocks) == sum("conv" in name for name, is_low_rank in kinds.items() if is_low_rank)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_goes_into_the_layer_before(scheme: str, affine: bool) -> None:
+    model = nn.Sequential(
+        smoothk.LowRankConv2d(3, 8, 3, 3, padding=1, groups=1, bias=affine, scheme=scheme),
+        nn.BatchNorm2d(8, affine=affine),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        smoothk.LowRankLinear(8 * 16, 6, 2, bias=affine),
+        nn.BatchNorm1d(6, affine=affine),
+        nn.ReLU(),
+        nn.Linear(6, 4),
+        nn.BatchNorm1d(4),
+    )
+    fast = check(with_statistics(model), torch.randn(5, 3, 6, 6))
+    assert count(fast, nn.modules.batchnorm._BatchNorm) == 0
+    assert count(fast, nn.ReLU) == 0
+
+
+class Forms(nn.Module):
+    """What stands in the way of folding or fusing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.used = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+        self.scaled = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.own = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.no_statistics = nn.BatchNorm2d(4, track_running_stats=False)
+        self.twins = nn.ModuleList(smoothk.LowRankConv2d(4, 4, 3, 2, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.twice(x)) + self.norms[1](self.twice(x))  # one layer, two norms
+        y = self.used(x)
+        x = torch.relu(self.norms[2](y) + y)  # a use beside the norm
+        x = torch.add(self.scaled(x), x, alpha=2).relu()  # not a plain addition
+        y = self.own(x)
+        x = (y + y).relu_()  # to itself
+        x = self.no_statistics(x)
+        x = (self.twins[0](x) + self.twins[1](x)).relu()  # either could finish
+        bias = x.mean((2, 3), keepdim=True)
+        return (self.twins[0](x) + bias).relu()  # broadcast
+
+
+def test_what_cannot_be_fused_stays_right() -> None:
+    fast = check(with_statistics(Forms()), torch.randn(2, 4, 6, 6))
+    assert count(fast, nn.BatchNorm2d) == 4
+
+
+class Branching(nn.Module):
+    """Cannot be traced as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(smoothk.LowRankConv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if x.mean() > 1e3:
+            x = x * 2
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_model_with_control_flow_is_done_in_parts() -> None:
+    fast = check(with_statistics(Branching()), torch.randn(2, 3, 6, 6))
+    assert isinstance(fast, Branching)
+    assert count(fast, nn.BatchNorm2d) == 0
+    assert count(fast, LowRankReLU) == 1
+
+
+def test_half_precision() -> None:
+    model = nn.Sequential(smoothk.LowRankConv2d(3, 8, 3, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = with_statistics(model).eval().bfloat16()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, expected = smoothk.optimize_for_inference(model)(x), model(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).float().norm() < 2e-2 * expected.float().norm()
+
+
+def test_a_layer_alone_and_what_is_no_module() -> None:
+    layer = smoothk.LowRankConv2d(3, 4, 3, 2)
+    check(layer, torch.randn(1, 3, 5, 5))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        smoothk.optimize_for_inference([layer])
