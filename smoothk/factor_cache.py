@@ -38,12 +38,13 @@ def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) 
 
 
 def _state(v: Tensor, u: Tensor) -> tuple[int, ...]:
-    return v._version, u._version, v.data_ptr(), u.data_ptr(), _sample(v), _sample(u)
+    places = v.data_ptr(), u.data_ptr()
+    if v.is_cpu and v.is_contiguous() and u.is_contiguous() and backend.unavailable_reason("cpp") is None:
+        sample = backend.extension().sample_bits
+        return v._version, u._version, *places, sample(places[0], v.nbytes), sample(places[1], u.nbytes)
+    return v._version, u._version, *places, _sample(v), _sample(u)
 
 
 def _sample(factor: Tensor) -> int:
-    if backend.unavailable_reason("cpp") is None and factor.is_cpu and factor.is_contiguous():
-        return backend.extension().sample_bits(factor.data_ptr(), factor.nbytes)
     flat = factor.detach().reshape(-1)
-    step = max(1, flat.numel() // 64)
-    return hash(tuple(flat[::step].tolist()))
+    return hash(tuple(flat[:: max(1, flat.numel() // 64)].tolist()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 Sizes = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
-    """A call without its tensors' values.
+    """A call without its tensors' values. Equal calls share one, so that it can be a key by its identity.
 
     Attributes:
         scheme: ``"channel"`` or ``"spatial"``, spelled by the shapes of the factors.
@@ -46,6 +46,18 @@ class Geometry:
         """Of the dense convolution that this is a factorisation of."""
         return (self.v[2], self.u[3]) if self.scheme == "spatial" else self.v[2:]
 
+    @cached_property
+    def flat(self) -> Geometry:
+        """The same of two axes: one axis becomes ``[1, size]``, the rows of a linear map become the columns of one
+        image."""
+        return self if self.axes == 2 else _as_2d(self)
+
+    @cached_property
+    def kernel_arguments(self) -> tuple[Any, ...]:
+        """Of two axes, what the kernel's operator takes: v_shape, u_shape, stride, padding, dilation, output_size,
+        groups."""
+        return self.v, self.u, self.stride, self.leading_padding(), self.dilation, self.output[2:], self.groups
+
     def leading_padding(self) -> Sizes:
         """Zeros before the first entry of every axis; torch puts the odd one of ``"same"`` behind the last."""
         return tuple(total // 2 for total in self.total_padding())
@@ -72,13 +84,15 @@ def geometry_of(
     wrong."""
     if not isinstance(groups, int):
         raise TypeError(f"groups must be an int, got {type(groups).__name__}")
-    options = (_hashable(stride), _hashable(padding), _hashable(dilation), groups)
+    options = _hashable(stride), _hashable(padding), _hashable(dilation), groups
     if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in input):
         return _check(axes, tuple(input), tuple(v), tuple(u), None if bias is None else tuple(bias), *options)
     return _check_once(axes, input, v, u, bias, *options)
 
 
 def _hashable(option: Any) -> Any:
+    if type(option) in (int, tuple, str):  # the usual ones, without the slower questions
+        return option
     return tuple(option) if isinstance(option, Iterable) and not isinstance(option, str) else option
 
 
@@ -160,11 +174,7 @@ def _scheme_of(v: Sizes, u: Sizes) -> str:
     )
 
 
-def as_2d(geometry: Geometry) -> Geometry:
-    """A geometry of one axis, or of none (a linear map of the rows of ``[rows, features]``), as one of two."""
-    if geometry.axes == 2:
-        return geometry
-
+def _as_2d(geometry: Geometry) -> Geometry:
     def image(shape: Sizes) -> Sizes:
         return (shape[0], shape[1], 1, shape[2]) if geometry.axes else (1, shape[1], 1, shape[0])
 

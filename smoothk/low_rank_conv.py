@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from . import low_rank_cost, reference
-from .geometry import Geometry, as_2d, channels_last, geometry_of, with_explicit_padding
+from .geometry import Geometry, channels_last, geometry_of, with_explicit_padding
 from .low_rank_ops import compute, finish
 
 METHODS = ("auto", "fused", "pair", "merged")
@@ -88,8 +88,9 @@ def _check_tensors(input: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> 
     for name, tensor in (("v", v), ("u", u)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a real floating-point dtype, got {tensor.dtype}")
-    dtypes = {tensor.dtype for tensor in (input, v, u, bias) if tensor is not None}
-    if len(dtypes) > 1 and not _has_autocast(input.device.type):
+    same = input.dtype == v.dtype == u.dtype and (bias is None or bias.dtype == v.dtype)
+    if not same and not _has_autocast(input.device.type):
+        dtypes = {tensor.dtype for tensor in (input, v, u, bias) if tensor is not None}
         names = ", ".join(sorted(map(str, dtypes)))
         raise TypeError(f"input, v, u and bias must have one dtype outside autocast, got {names}")
 
@@ -115,7 +116,7 @@ def _run(
         method = "fused"
     elif method == "auto" and not compiling:
         layout = channels_last(input, v)
-        method = low_rank_cost.fastest(as_2d(geometry), dtype or input.dtype, layout, differentiable)
+        method = low_rank_cost.fastest(geometry.flat, dtype or input.dtype, layout, differentiable)
     if differentiable and geometry.axes == 0 and method != "merged":  # nothing is gained on two products
         method = "pair"
     if method == "pair" or (method == "merged" and (differentiable or compiling or not _is_plain(v))):
@@ -144,7 +145,10 @@ def _kernel_runs(
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # exported programs hold library calls only
         if method in ("pair", "merged") or geometry.axes > 2 or exporting:
             return False
-    chosen = {_backend.choose(_OP, backend, tensors) for tensors in (factors, images)}
+    if all(tensor.dtype == factors[0].dtype for tensor in images):
+        chosen = {_backend.choose(_OP, backend, [*factors, *images])}
+    else:  # autocast will see to it
+        chosen = {_backend.choose(_OP, backend, tensors) for tensors in (factors, images)}
     if backend not in (None, "torch"):
         if method in ("pair", "merged"):
             raise ValueError(f"method must be 'auto' or 'fused' with backend {backend!r}, got {method!r}")
@@ -159,6 +163,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _has_autocast(device: str) -> bool:
+    if device == "cpu":
+        return torch.is_autocast_enabled("cpu")
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

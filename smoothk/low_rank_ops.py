@@ -13,7 +13,7 @@ from torch.library import register_autograd, register_fake
 
 from . import low_rank_cost, reference
 from .factor_cache import cached
-from .geometry import Geometry, as_2d, channels_last, geometry_of
+from .geometry import Geometry, channels_last, geometry_of
 
 NAME = "smoothk_torch::low_rank_conv"
 
@@ -38,7 +38,7 @@ def compute(
         geometry: of the call, ``padding`` as numbers where ``with_z``.
     """
     if method == "auto":
-        method = low_rank_cost.fastest(as_2d(geometry), input.dtype, channels_last(input, v), with_z)
+        method = low_rank_cost.fastest(geometry.flat, input.dtype, channels_last(input, v), with_z)
     if method == "fused":
         return _fused(input, v, u, bias, residual, geometry, relu, with_z)
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
@@ -78,7 +78,7 @@ def _fused(
     relu: bool,
     with_z: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    flat = as_2d(geometry)
+    flat = geometry.flat
 
     def pack() -> Tensor:
         return torch.ops.smoothk.low_rank_conv_pack(v.detach().reshape(flat.v), u.detach().reshape(flat.u), flat.groups)
@@ -88,13 +88,7 @@ def _fused(
         cached(("packed", flat.groups), v, u, pack),
         bias,
         None if residual is None else _as_images(residual),
-        flat.v,
-        flat.u,
-        flat.stride,
-        flat.leading_padding(),
-        flat.dilation,
-        flat.output[2:],
-        flat.groups,
+        *flat.kernel_arguments,
         relu,
         geometry.axes == 0 or channels_last(input, v),
         with_z,
