@@ -1,7 +1,8 @@
-"""Speed and memory of smoothk's penalties against every baseline, in one process and with interleaved samples.
+"""Speed and memory of smoothk's penalties and low-rank layers against every baseline, in one process, interleaved.
 
-    python benchmarks/bench.py [difference|nuclear|step ...] [--set resnet18 resnet50 vit_b16 4gib] [--device cpu|cuda]
-                               [--threads N] [--samples N] [--reruns 1000] [--out DIR]
+    python benchmarks/bench.py [difference|nuclear|step|low_rank_conv|low_rank_models ...] [--device cpu|cuda]
+                               [--set resnet18 resnet50 vit_b16 4gib] [--threads N] [--samples N] [--reruns 1000]
+                               [--out DIR]
 
 Each side is compared with a float64 reference first: one that is wrong is printed as red, is not timed, and makes the
 exit status 1. What is reported is the ratio of paired samples to the fused side, median and 10th to 90th percentile;
@@ -20,9 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import low_rank_speed
 import speed
 import torch
-from entries import difference, nuclear, step
+from entries import difference, low_rank_conv, low_rank_models, nuclear, step
 from harness import DeviceLost, Settings, Unavailable, failed, measure
 from weight_sets import WEIGHT_SETS, WeightSet
 
@@ -30,7 +32,8 @@ import smoothk
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes.provenance import stamp
 
-ENTRIES = {entry.NAME: entry for entry in (difference, nuclear, step)}
+ENTRIES = {entry.NAME: entry for entry in (difference, nuclear, step, low_rank_conv, low_rank_models)}
+LOW_RANK = (low_rank_conv.NAME, low_rank_models.NAME)  # they have sets of their own
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in difference.TOLERANCES}
 SCHEMA = 1
 DEVICE_LOST = 3  # exit status
@@ -59,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--backend", choices=("cpp", "triton"), help="of the fused sides; default: triton on CUDA")
     group = parser.add_argument_group("step")
     group.add_argument("--batch", type=int, help="images in a step (default 16 on the CPU, 128 on CUDA)")
+    low_rank_conv.add_options(parser)
+    low_rank_models.add_options(parser)
     return parser
 
 
@@ -79,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     bad = False
     for name in args.entries or ENTRIES:
-        for set_name in args.set:
-            for dtype in args.dtype if name == difference.NAME else ["float32"]:
-                bad |= run(name, WEIGHT_SETS[set_name], DTYPES[dtype], args)
+        low_rank = name in LOW_RANK
+        for weight_set in ENTRIES[name].sets(args) if low_rank else [WEIGHT_SETS[given] for given in args.set]:
+            for dtype in args.dtype if low_rank or name == difference.NAME else ["float32"]:
+                bad |= run(name, weight_set, DTYPES[dtype], args)
         if args.out is not None and not args.gate_only:
-            speed.draw(args.out, name, args.device)
+            (low_rank_speed if low_rank else speed).draw(args.out, name, args.device)
     return int(bad)
 
 
