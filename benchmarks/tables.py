@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import low_rank_speed
 import speed
 from cifar10 import read_results
 
@@ -93,6 +94,16 @@ NUCLEAR_NOTE = (
 STEP_NOTE = (
     "ResNet-18 on 32×32 images, SGD, forward to optimizer; last column: the penalty alone, after a backward pass."
 )
+LOW_RANK_CONV_NOTE = (
+    "Geometric means over the layers of ResNet-18 (32×32 and 224×224), ResNet-50 and VGG-16, each shape once, without "
+    "their first: median of paired, interleaved samples. Best: of dense, pair and merged. TensorLy-Torch's is another "
+    "factorisation of the same size, Tucker with 1×1, k×k, 1×1."
+)
+LOW_RANK_MODELS_NOTE = (
+    "Inference without gradients, and forward and backward in training; median of paired, interleaved samples. Pair: "
+    "every low-rank layer as two library convolutions. Folded: batch norm folded into the convolution before it by "
+    "torch. Memory: what one call allocates beside weights and input."
+)
 
 TABLES: dict[str, Callable[[], str]] = {
     "cifar10-networks": lambda: _networks(read_results(RESULTS / "cifar10-small")),
@@ -101,6 +112,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-difference": lambda: _speed("difference", speed.difference_table, DIFFERENCE_NOTE),
     "speed-nuclear": lambda: _speed("nuclear", speed.nuclear_table, NUCLEAR_NOTE),
     "speed-step": lambda: _speed("step", speed.step_table, STEP_NOTE),
+    "speed-low-rank-conv": lambda: _speed("low_rank_conv", low_rank_speed.layer_table, LOW_RANK_CONV_NOTE),
+    "speed-low-rank-models": lambda: _speed("low_rank_models", low_rank_speed.model_table, LOW_RANK_MODELS_NOTE),
 }
 
 

@@ -140,7 +140,7 @@ def settings(options: Any) -> Iterator[Setting]:
             continue
         for mode in options.passes or ["forward"]:
             for batch in options.batches or [1]:
-                for scheme in options.scheme:
+                for scheme in options.scheme if layer.kernel > 1 else ["channel"]:  # of a 1x1 kernel both are one
                     for layout in options.layout:
                         for keep in options.keep:
                             yield Setting(layer, keep, batch, mode, scheme, layout)

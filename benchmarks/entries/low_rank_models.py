@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +33,11 @@ BASELINE = "smoothk"
 BATCHES = (1, 8, 32)
 MOST_GFLOP = 300.0  # of the dense network in one call
 CONVOLUTIONS = {"forward": 1, "training": 3}
-# Rounding adds up over the layers of a network, and in a gradient a ReLU that opens or closes counts in full.
+# Rounding adds up over a network, and a ReLU that it opens or closes moves a gradient at once: in float32 by 3e-3 at
+# batch 4, in bfloat16 by 0.4, for the dense network too. The sharp gate is that of `low_rank_conv`.
 TOLERANCES = {
-    torch.float32: {"output": 1e-5, "gradient": 2e-3},
-    torch.bfloat16: {"output": 5e-2, "gradient": 0.5},
+    torch.float32: {"output": 1e-5, "gradient": 1e-2},
+    torch.bfloat16: {"output": 5e-2, "gradient": 0.6},
 }
 
 
@@ -246,7 +248,9 @@ def in_sequence(model: nn.Module) -> nn.Module:
 
 def fold(model: nn.Module) -> nn.Module:
     """``model`` with every batch norm folded into the convolution before it, by torch."""
-    from torch.fx.experimental.optimization import fuse
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it imports
+        from torch.fx.experimental.optimization import fuse
 
     return fuse(model.eval())
 
