@@ -111,7 +111,7 @@ def run(entry: str, weight_set: WeightSet, dtype: torch.dtype, args: argparse.Na
     try:
         for case in ENTRIES[entry].cases(options):
             record = measure(case, settings)
-            result["cases"].append(record)
+            result["cases"].append(low_rank_speed.compact(record) if entry == low_rank_conv.NAME else record)
             print(f"\n{title}: {record['name']}\n{speed.case_table(record)}", flush=True)
             if args.out is not None:
                 write(result, args.out)

@@ -27,6 +27,19 @@ DRAWN = (*LIBRARY, *(name + CHANNELS_LAST for name in LIBRARY), TENSORLY)
 Cases = Sequence[Record]
 
 
+def compact(case: Record) -> Record:
+    """The record of one of very many cases: five digits, and the number of samples in place of the samples."""
+    sides = [{**side} for side in case["sides"]]
+    for side in sides:
+        side.pop("page_faults", None)
+        side.pop("resident_growth_bytes", None)
+        if "samples_ms" in side:
+            side["samples"] = len(side.pop("samples_ms"))
+        for name in {"errors", "ms", "ratio"} & side.keys():
+            side[name] = {key: float(f"{value:.5g}") for key, value in side[name].items()}
+    return {**case, "sides": sides}
+
+
 def layer_cases(results: Sequence[Record], **wanted: Any) -> Cases:
     """The timed cases of `low_rank_conv` whose options are as ``wanted``, those without smoothk left out."""
     cases = [case for result in results for case in result["cases"] if case["baseline"] == BASELINE and timed(case)]
@@ -202,50 +215,55 @@ def targets(out: Path, device: str = "cpu", dtype: str = "float32") -> Table:
 
 
 def draw(out: Path, entry: str, device: str) -> None:
-    """The library's ways over smoothk's: layer by layer at the smallest batch, or network by network."""
+    """Times over smoothk's: of the library's ways layer by layer, or of every side network by network."""
     try:
         check_matplotlib()
     except ImportError as error:
         print(error)
         return
     results = read(out, entry, device)
-    path = out / f"{entry}-{device}.png"
-    if entry == low_rank_models.NAME:
-        cases = [(result["set"]["title"], case) for result in results for case in result["cases"] if timed(case)]
-        panels = {title: [case for other, case in cases if other == title] for title, _ in cases}
-        names = list(dict.fromkeys(n for _, case in cases for n in timed(case) if n != case["baseline"]))
-        _draw(path, panels, lambda case: case["name"], names)
-        return
+    panels = (_network_points if entry == low_rank_models.NAME else _layer_points)(results)
+    if panels:
+        _draw(out / f"{entry}-{device}.png", panels)
+
+
+Points = list[tuple[str, str, float]]  # row, what the marker stands for, ratio
+
+
+def _layer_points(results: Sequence[Record]) -> dict[str, Points]:
+    """A panel for each share kept, of the pass, batch, scheme and layout that come first."""
     first = next(iter(layer_cases(results)), None)
-    if first is None:
-        return
-    alike = {name: first["options"][name] for name in GROUP if name != "keep"}
-    cases = layer_cases(results, **alike)
-    keeps = list(dict.fromkeys(case["options"]["keep"] for case in cases))
-    panels = {f"{100 * k:g} % kept": [c for c in cases if c["options"]["keep"] == k] for k in keeps}
-    _draw(path, panels, lambda case: case["options"]["layer"], DRAWN)
+    panels: dict[str, Points] = {}
+    for case in layer_cases(results, **{n: first["options"][n] for n in GROUP if n != "keep"} if first else {}):
+        sides, options = timed(case), case["options"]
+        points = [(options["layer"], name, sides[name]["ratio"]["median"]) for name in DRAWN if name in sides]
+        panels.setdefault(f"{100 * options['keep']:g} % kept", []).extend(points)
+    return panels
 
 
-def _draw(path: Path, panels: Mapping[str, Cases], row_of: Callable[[Record], str], names: Sequence[str]) -> None:
-    """A panel for each group of cases, a row for each case or layer, a marker for each side; 1 is smoothk."""
-    rows = list(dict.fromkeys(row_of(case) for cases in panels.values() for case in cases))
-    if not rows:
-        return
-    shown = [name for name in names if any(name in timed(case) for cases in panels.values() for case in cases)]
-    with styled_figure(path, 1, len(panels), 1.5 + 0.17 * len(rows), sharex=True, sharey=True) as (figure, axes):
-        for axis, (title, cases) in zip(axes[0], panels.items(), strict=True):
-            for index, name in enumerate(shown):
-                points = [
-                    (timed(case)[name]["ratio"]["median"], rows.index(row_of(case)))
-                    for case in cases
-                    if name in timed(case)
-                ]
-                axis.plot([x for x, _ in points], [y for _, y in points], linestyle="none", label=name, **look(index))
+def _network_points(results: Sequence[Record]) -> dict[str, Points]:
+    """A panel for each network, a marker for each pass and batch."""
+    panels: dict[str, Points] = {}
+    for result in results:
+        for case in result["cases"]:
+            points = [(name, case["name"], side["ratio"]["median"]) for name, side in timed(case).items()]
+            panels.setdefault(result["set"]["title"].replace(", ", "\n", 1), []).extend(points)
+    return panels
+
+
+def _draw(path: Path, panels: Mapping[str, Points]) -> None:
+    rows = list(dict.fromkeys(row for points in panels.values() for row, _, _ in points))
+    series = list(dict.fromkeys(name for points in panels.values() for _, name, _ in points))
+    with styled_figure(path, 1, len(panels), 1.5 + 0.2 * len(rows), sharex=True, sharey=True) as (figure, axes):
+        for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
+            for index, name in enumerate(series):
+                found = [(ratio, rows.index(row)) for row, other, ratio in points if other == name]
+                axis.plot([x for x, _ in found], [y for _, y in found], linestyle="none", label=name, **look(index))
             axis.set_title(title)
             _ratio_axis(axis)
         figure.supxlabel("time over smoothk", fontsize=9.5)
         axes[0, 0].set_yticks(range(len(rows)), rows)
-        axes[0, 0].invert_yaxis()
+        axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))
 

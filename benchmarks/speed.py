@@ -107,7 +107,11 @@ def provenance(results: Sequence[Record]) -> str:
     result = results[0]
     versions, machine = result["provenance"]["versions"], result["provenance"]["machine"]
     cases = [case for each in results for case in each["cases"]]
-    samples = min(len(side["samples_ms"]) for case in cases for side in timed(case).values())
+    samples = min(
+        side["samples"] if "samples" in side else len(side["samples_ms"])
+        for case in cases
+        for side in timed(case).values()
+    )
     return (
         f"At least {samples} samples, {result['dtype']}, smoothk {versions['smoothk']}, torch {versions['torch']}, "
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {result['provenance']['date']}"
