@@ -127,10 +127,10 @@ def test_ranks_are_those_of_from_conv(scheme: str, keep: float) -> None:
 
 
 def test_tucker_ranks_keep_the_share() -> None:
-    networks, entry = module("conv_networks"), module("entries.low_rank_conv")
+    networks, tensorly = module("conv_networks"), module("tensorly_conv")
     for network in networks.CONV_NETWORKS.values():
         for layer in networks.distinct_layers(network):
-            r_out, r_in = entry.tucker_ranks(layer, 0.3)
+            r_out, r_in = tensorly.tucker_ranks(layer, 0.3)
             area = layer.kernel**2
             kept = layer.in_channels * r_in + r_in * r_out * area + r_out * layer.out_channels + 2 * area
             assert 0.25 < kept / math.prod(layer.shape) <= 0.3

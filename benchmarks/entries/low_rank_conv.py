@@ -1,26 +1,19 @@
 """One low-rank convolution at a time: every distinct layer of real networks, at several shares of its parameters.
 
-All sides but TensorLy-Torch's compute the same function of the same input: the dense weight is the product of the
-factors. In inference that is also the third way to run a low-rank layer, "merged", so that the side ``dense`` stands
-for both; in training merged is dense and the product on top.
+All sides but TensorLy-Torch's (see `tensorly_conv`) compute the same function of the same input: the dense weight is
+the product of the factors. In inference that is also the third way to run a low-rank layer, "merged", so that the side
+``dense`` stands for both; in training merged is dense and the product on top.
 
 A call goes over several copies of the weights, so many that the smallest side's do not stay in a core's own cache: in a
 network other layers have passed through it since. The input is one for all of them, since there the layer before has
 just written it. Copies differ by powers of two, for which every rounding is the same, so that one float64 result checks
 them all, and what is kept for one copy and used for another is red.
-
-TensorLy-Torch has no factorisation of a matrix unfolding, which is what ours is. It is compared at the same share of
-parameters kept: its Tucker form with the kernel's axes left alone (1x1, k x k, 1x1; Kim et al., arXiv 1511.06530), both
-ranks the same part of their channels, computed by its "factorized" implementation. It is checked against its own
-weight.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +23,7 @@ from typing import Any
 import torch
 from conv_networks import CONV_NETWORKS, ConvLayer, ConvNetwork, distinct_layers
 from harness import Case, Side, Unavailable, in_graph
+from tensorly_conv import TuckerConv
 from timing import Run, cache_bytes
 from torch import Tensor
 from torch.nn import functional as F
@@ -290,59 +284,8 @@ class Problem:
         return call, self._weights(memory_format, v=scale * self.v, u=self.u)
 
     def _tensorly(self, scale: float, memory_format: torch.memory_format) -> Copy:
-        return TuckerConv(self.setting, self.device, self.dtype, self.training).copy()
-
-
-class TuckerConv:
-    """TensorLy-Torch's convolution with at most the parameters of ``setting``, random weights.
-
-    Raises:
-        Unavailable: it is not installed, or no rank is that small.
-    """
-
-    def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype, training: bool) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                import tltorch
-        except ImportError as error:
-            raise Unavailable(f"tensorly-torch does not import ({error})") from None
-        layer = setting.layer
-        ranks = tucker_ranks(layer, setting.keep)
-        if ranks is None:
-            raise Unavailable("no Tucker rank is that small")
-        factorised = tltorch.FactorizedTensor.new(
-            layer.shape, rank=(*ranks, layer.kernel, layer.kernel), factorization="tucker", fixed_rank_modes=[2, 3]
-        )
-        draw = torch.Generator().manual_seed(0)  # every copy has the same values
-        for factor in factorised.parameters():
-            factor.data.normal_(0, factor[0].numel() ** -0.5, generator=draw)
-        self.conv = tltorch.FactorizedConv.from_factorization(
-            factorised, implementation="factorized", stride=layer.stride, padding=layer.padding
-        )
-        self.conv.to(device=device, dtype=dtype).requires_grad_(training)
-
-    def copy(self) -> Copy:
-        """The call, and the factors under names that no other side's results have."""
-        return self, {f"factor {i}": factor for i, factor in enumerate(self.conv.parameters())}
-
-    def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
-        return self.conv(x)
-
-    def dense(self) -> Tensor:
-        """The weight in float64."""
-        return copy.deepcopy(self.conv).double().weight.to_tensor().detach()
-
-
-def tucker_ranks(layer: ConvLayer, keep: float) -> tuple[int, int] | None:
-    """(r_out, r_in), the same part of both channels, the largest with ``keep`` of the parameters; None below rank 1."""
-    c_out, c_in, area = layer.out_channels, layer.in_channels, layer.kernel**2
-    found = None
-    for r_out in range(1, c_out + 1):
-        r_in = max(1, r_out * c_in // c_out)
-        if c_in * r_in + r_in * r_out * area + r_out * c_out + 2 * area <= keep * c_out * c_in * area:
-            found = r_out, r_in
-    return found
+        conv = TuckerConv(self.setting.layer, self.setting.keep, self.device, self.dtype, self.training)
+        return conv, conv.factors()
 
 
 def own_cache_bytes(device: torch.device) -> int:

@@ -33,10 +33,11 @@ BASELINE = "smoothk"
 BATCHES = (1, 8, 32)
 MOST_GFLOP = 300.0  # of the dense network in one call
 CONVOLUTIONS = {"forward": 1, "training": 3}
-# Rounding adds up over a network, and a ReLU that it opens or closes moves a gradient at once: in float32 by 3e-3 at
-# batch 4, in bfloat16 by 0.4, for the dense network too. The sharp gate is that of `low_rank_conv`.
+# Rounding adds up over a network, in ResNet-50 to 1.8e-5 for the library's dense convolutions too, and a ReLU that it
+# opens or closes moves a gradient at once: in float32 by 3e-3 at batch 4, in bfloat16 by 0.4, for the dense network as
+# well. The sharp gate is that of `low_rank_conv`.
 TOLERANCES = {
-    torch.float32: {"output": 1e-5, "gradient": 1e-2},
+    torch.float32: {"output": 3e-5, "gradient": 1e-2},
     torch.bfloat16: {"output": 5e-2, "gradient": 0.6},
 }
 
