@@ -176,9 +176,7 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _by_library(
-    input: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, geometry: Geometry, method: str
-) -> Tensor:
+def _by_library(input: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, geometry: Geometry, method: str) -> Tensor:
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     if method == "merged":
         weight = reference.merged_weight(v, u, geometry.groups, geometry.scheme)

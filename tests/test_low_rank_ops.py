@@ -7,6 +7,7 @@ import gc
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +222,24 @@ def test_exported_programs_hold_library_convolutions(fused_everywhere: None) -> 
 
 
 @torch_deprecations
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own exporter
+def test_onnx_programs_hold_standard_operators(fused_everywhere: None, tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    convs = smoothk.LowRankConv2d(3, 8, 3, 3, padding=1), smoothk.LowRankConv2d(8, 4, 3, 2, scheme="spatial")
+    model = nn.Sequential(*convs, nn.Flatten(), smoothk.LowRankLinear(4 * 36, 5, 2)).eval()
+    dynamic = {"input": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.onnx.export(model, (torch.randn(2, 3, 8, 8),), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    path = tmp_path / "model.onnx"
+    program.save(path)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    session, x = onnxruntime.InferenceSession(path), torch.randn(5, 3, 8, 8)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=0, atol=1e-5)
+
+
+@torch_deprecations
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_programs_hold_library_convolutions(fused_everywhere: None) -> None:
     layer, x = smoothk.LowRankConv2d(3, 8, 3, 3, padding=1).eval(), torch.randn(2, 3, 8, 8)
@@ -389,5 +408,3 @@ def test_the_pair_is_what_torch_runs() -> None:
     wanted = F.conv2d(F.conv2d(x, v, padding=1), u)
     assert torch.equal(smoothk.low_rank_conv2d(x, v, u, padding=1, backend="torch"), wanted)
     assert torch.equal(smoothk.low_rank_conv2d(x, v, u, padding=1, method="pair"), wanted)
-
-
