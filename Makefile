@@ -18,7 +18,7 @@ test: $(READY)
 
 lint: .venv/ready-lint
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/*/*))
 
 clean:
 	rm -rf .venv build dist *.egg-info smoothk/_C*.so smoothk/_build.json

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated_cuda import Emulator, compiler
 
 # Without a GPU, Triton's kernels run in its interpreter. Triton reads the switch once, when it is imported.
 if not torch.cuda.is_available():
@@ -72,3 +73,11 @@ def checkout(bare_package: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, bare_package)
     return bare_package
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The CUDA kernels, run on the host."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    return Emulator(tmp_path_factory.mktemp("emulated_cuda"))

@@ -1,0 +1,142 @@
+"""The CUDA kernels compiled for the host and run by the emulation in ``cuda_emulation/``, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc" / "cuda"
+SOURCES = [
+    *(HERE / "cuda_emulation" / name for name in ("library.cpp", "block.cpp", "self_test.cpp")),
+    CSRC / "low_rank_conv_plan.cpp",
+]
+FLAGS = "-std=c++20 -O1 -shared -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-unknown-pragmas -x c++".split()
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # of csrc/types.h
+SHARED_LIMIT = 232448  # of sm_90 and sm_100
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine."""
+    candidates = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """The library of ``SOURCES``, compiled into ``folder``."""
+    library = folder / "emulated_cuda.so"
+    command = [compiler(), *FLAGS, f"-I{HERE / 'cuda_emulation'}", *map(str, SOURCES), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(library))
+    loaded.low_rank_conv_packed_size.restype = ctypes.c_int64
+    loaded.low_rank_conv_plan.restype = ctypes.c_bool
+    for name in ("low_rank_conv_pack", "low_rank_conv"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``LowRankConvShape``, field by field."""
+
+    batch: int
+    groups: int
+    in_channels: int
+    rank: int
+    out_channels: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    spatial: int
+
+    def array(self) -> ctypes.Array:
+        values = astuple(self)
+        return (ctypes.c_int64 * len(values))(*values)
+
+
+class Failed(RuntimeError):
+    """What the emulation, or the launcher, found wrong."""
+
+
+class Emulator:
+    """Runs the kernels of one library on CPU tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.library = build(folder)
+
+    def plan(
+        self, sizes: Sizes, dtype: torch.dtype, with_z: bool = False, shared_limit: int = SHARED_LIMIT
+    ) -> list[int]:
+        """Images, rows, columns of a tile, blocks and bytes of shared memory; empty where the case is not taken."""
+        result = (ctypes.c_int64 * 5)()
+        taken = self.library.low_rank_conv_plan(
+            sizes.array(), DTYPES[dtype], with_z, ctypes.c_int64(shared_limit), result
+        )
+        return list(result) if taken else []
+
+    def pack(self, sizes: Sizes, v: Tensor, u: Tensor) -> Tensor:
+        size = self.library.low_rank_conv_packed_size(sizes.array(), DTYPES[v.dtype])
+        packed = torch.full((size,), torch.nan, dtype=v.dtype)
+        with self._memory(v, u, packed):
+            self._check(self.library.low_rank_conv_pack(sizes.array(), DTYPES[v.dtype], *map(_pointer, (v, u, packed))))
+        return packed
+
+    def low_rank_conv(
+        self,
+        sizes: Sizes,
+        input: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        output: Tensor,
+        z: Tensor | None,
+        shared_limit: int = SHARED_LIMIT,
+        reverse: bool = False,
+    ) -> None:
+        """Fills ``output`` and ``z``; images are channels last. ``reverse`` runs the last thread of a block first."""
+        self.library.set_reversed(reverse)
+        tensors = (input, packed, bias, residual, output, z)
+        pointers = [_pointer(tensor) for tensor in tensors]
+        with self._memory(*(tensor for tensor in tensors if tensor is not None)):
+            self._check(
+                self.library.low_rank_conv(
+                    sizes.array(), DTYPES[input.dtype], *pointers[:4], relu, *pointers[4:], shared_limit
+                )
+            )
+
+    @contextmanager
+    def _memory(self, *tensors: Tensor) -> Iterator[None]:
+        for tensor in tensors:
+            self.library.declare_memory(_pointer(tensor), ctypes.c_size_t(tensor.untyped_storage().nbytes()))
+        try:
+            yield
+        finally:
+            self.library.forget_memory()
+
+    def _check(self, message: bytes | None) -> None:
+        if message is not None:
+            raise Failed(message.decode())
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
