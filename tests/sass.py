@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for GPUs that need not be there and reads the machine code.
+"""Compiles kernels for GPUs that need not be there and reads the machine code.
 
 Triton's interpreter, in which the other tests run the kernels, cannot be left once Triton is imported. So the compiler
-runs in a process of its own: `compile_kernels` starts it, ``python sass.py`` is it.
+runs in a process of its own: `compile_kernels` starts it, ``python sass.py`` is it. `compile_cuda` calls nvcc.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -176,6 +177,28 @@ def _compile(kernel: Kernel) -> Binary:
         sass = _output(knobs.nvidia.nvdisasm.path, "-c", cubin.name)
     registers, shared, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "SHARED", "LOCAL"))
     return Binary(registers, local, shared, sass)
+
+
+def cuobjdump() -> str | None:
+    """The disassembler of the CUDA toolkit, or the one that comes with Triton."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return shutil.which("cuobjdump")
+    return shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
+
+
+def compile_cuda(source: str, arch: int, folder: Path) -> dict[str, Binary]:
+    """The kernels of CUDA C++ ``source``, by their mangled names."""
+    file, cubin = folder / f"source_{arch}.cu", folder / f"sm_{arch}.cubin"
+    file.write_text(source)
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    _output("nvcc", "-std=c++20", "-O3", "-cubin", target, str(file), "-o", str(cubin))
+    usage = _output(cuobjdump(), "--dump-resource-usage", str(cubin))
+    listing = _output(cuobjdump(), "--dump-sass", str(cubin))
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) .*?SHARED:(\d+) LOCAL:(\d+)", usage)
+    code = {name: sass for name, sass in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)}
+    return {name: Binary(int(reg), int(local), int(shared), code[name]) for name, reg, shared, local in found}
 
 
 def _output(*command: str) -> str:

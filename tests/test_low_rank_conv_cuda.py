@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_rel
-from emulated_cuda import Emulator, Sizes
+from emulated_cuda import CSRC, Emulator, Sizes
+from sass import Binary, compile_cuda, cuobjdump
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -137,7 +139,7 @@ CHANNEL = [
     Case(image=(37, 3), kernel=(3, 1), pad=(1, 0)),
     Case(image=(20, 19), batch=2, relu=True),
     Case(in_channels=64, rank=32, image=(12, 16), shared_limit=99 << 10),
-    Case(in_channels=64, rank=128, kernel=(7, 7), pad=(3, 3), dilation=(2, 2), image=(20, 20), shared_limit=163 << 10),
+    Case(rank=128, kernel=(7, 7), pad=(3, 3), dilation=(2, 2), image=(13, 14), shared_limit=99 << 10),
 ]
 SPATIAL = [
     *(replace(case, spatial=True) for case in CHANNEL),
@@ -147,7 +149,10 @@ SPATIAL = [
     Case(spatial=True, image=(3, 9), kernel=(3, 1), stride=(1, 4), pad=(1, 0)),
     Case(spatial=True, image=(3, 150), kernel=(3, 1), stride=(1, 4), pad=(1, 0), with_z=False),
 ]
-CASES = [replace(case, dtype=dtype) for dtype in DTYPES for case in [*CHANNEL, *SPATIAL]]
+CASES = [
+    *(replace(case, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) for case in [*CHANNEL, *SPATIAL]),
+    *(replace(case, dtype=torch.float16) for case in [*CHANNEL[:6], *SPATIAL[:6]]),  # bfloat16 but for two conversions
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -209,3 +214,76 @@ def test_tiles_fill_the_tensor_cores_and_leave_room_for_two_blocks(emulator: Emu
             tile_n, tile_h, tile_w, blocks, shared_bytes = emulator.plan(case.sizes, case.dtype)
             assert 0.85 <= 128 * side * side / (128 * blocks)
             assert 2 * (shared_bytes + 1024) <= 228 << 10
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instantiation, for one kind of GPU."""
+
+    dtype: str
+    rank: int
+    scheme: str
+    arch: int
+
+    @property
+    def arguments(self) -> str:
+        return f"Dtype::{self.dtype}, {self.rank // 16}, {str(self.scheme == 'spatial').lower()}"
+
+    @property
+    def mangled(self) -> str:
+        number = DTYPES_OF_THE_LIBRARY[self.dtype]
+        return f"DtypeE{number}ELi{self.rank // 16}ELb{int(self.scheme == 'spatial')}"
+
+
+LARGEST = [Kernel(dtype, 128, "channel", arch) for arch in (80, 90, 100) for dtype in ("kBFloat16", "kFloat32")]
+KERNELS = [
+    *LARGEST,
+    *(Kernel(*kernel, 90) for kernel in [("kBFloat16", 128, "spatial"), ("kFloat16", 64, "channel")]),
+    *(Kernel(*kernel, 90) for kernel in [("kFloat32", 64, "spatial"), ("kFloat32", 16, "channel")]),
+]
+DTYPES_OF_THE_LIBRARY = {"kFloat32": 0, "kBFloat16": 2, "kFloat16": 3}
+PRODUCTS = {
+    "kBFloat16": "HMMA.16816.F32.BF16",
+    "kFloat16": "HMMA.16816.F32",
+    "kFloat32": "HMMA.1688.F32.TF32",
+}
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[Kernel, Binary]:
+    """The machine code of ``KERNELS``."""
+    if shutil.which("nvcc") is None or cuobjdump() is None:
+        pytest.skip("nvcc or cuobjdump is not installed")
+    found = {}
+    for arch in sorted({kernel.arch for kernel in KERNELS}):
+        kernels = [kernel for kernel in KERNELS if kernel.arch == arch]
+        lines = [f'#include "{CSRC / "low_rank_conv_kernel.cuh"}"', "using namespace smoothk;"]
+        for kernel in kernels:
+            function = f"smoothk::cuda::low_rank_conv_kernel<{kernel.arguments}>"
+            lines.append(f"template __global__ void {function}(const __grid_constant__ cuda::LowRankConvLaunch);")
+        compiled = compile_cuda("\n".join(lines), arch, tmp_path_factory.mktemp("cubin"))
+        for kernel in kernels:
+            (found[kernel],) = (binary for name, binary in compiled.items() if kernel.mangled in name)
+    return found
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_machine_code(kernel: Kernel, binaries: dict[Kernel, Binary]) -> None:
+    binary = binaries[kernel]
+    opcodes = [instruction.opcode for instruction in binary.instructions]
+    assert binary.spills == binary.local_bytes == 0
+    assert binary.registers * 128 * 2 <= 65536  # two blocks an SM
+    # Tensor cores, fed by asynchronous copies of 16 bytes and by loads of four matrices or 16 bytes a lane.
+    assert {opcode for opcode in opcodes if "MMA" in opcode} == {PRODUCTS[kernel.dtype]}
+    copies = {opcode for opcode in opcodes if opcode.startswith("LDGSTS")}
+    assert copies and all(copy.startswith("LDGSTS.E.BYPASS.LTC128B.128") for copy in copies)
+    assert {opcode for opcode in opcodes if opcode.startswith("LDSM")} == {"LDSM.16.M88.4"}
+    assert opcodes.count("LDS.128") >= 2 * kernel.rank // 16
+
+
+def test_the_products_wait_for_nothing_but_their_operands(binaries: dict[Kernel, Binary]) -> None:
+    """A tap of the first product: 16 * 2 * 2 instructions of the tensor cores and no branch between them."""
+    for kernel in LARGEST:
+        opcodes = [instruction.opcode for instruction in binaries[kernel].instructions]
+        runs = "".join("m" if "HMMA" in each else "|" if each.startswith(("BRA", "BAR")) else "" for each in opcodes)
+        assert max(map(len, runs.split("|"))) >= 2 * 2 * kernel.rank // 8
