@@ -28,11 +28,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "difference_penalty": ("triton", "cpp", "torch"),
     "nuclear_norm": ("torch",),
     "polar_factors": ("triton", "torch"),  # the nuclear norm by Newton-Schulz
-    "low_rank_conv": ("cpp", "torch"),
+    "low_rank_conv": ("cuda", "cpp", "torch"),
 }
 
 # Not yet run on a GPU: taken only where asked for by name.
-UNVERIFIED = {("difference_penalty", "triton"), ("polar_factors", "triton")}
+UNVERIFIED = {("difference_penalty", "triton"), ("polar_factors", "triton"), ("low_rank_conv", "cuda")}
 
 # Of the weights that the kernels of an op take.
 KERNEL_DTYPES = {
@@ -98,11 +98,11 @@ def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor], grads: Sequen
         return None
     if name not in IMPLEMENTATIONS[op]:
         return unavailable_reason(name) or f"it has no {op} kernel; use one of {', '.join(IMPLEMENTATIONS[op])}"
-    if name == "triton":  # loaded first: only then is its device known
+    if name in ("triton", "cuda"):  # loaded first: only then is Triton's device known
         reason = unavailable_reason(name)
         if reason is not None:
             return reason
-        device = triton_device()
+        device = triton_device() if name == "triton" else "cuda"
     else:
         device = "cpu"
     return (
@@ -167,7 +167,21 @@ def _load_cpp() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    return "this version of smoothk has no CUDA kernels"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    reason = unavailable_reason("cpp")  # which has the operators' schemas
+    if reason is not None:
+        return reason
+    record = _build_record()
+    if PathFinder.find_spec("smoothk._C_cuda", sys.modules[__package__].__path__) is None:
+        return f"the CUDA extension is not built ({record.get('cuda_reason', 'this is a checkout without a build')})"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        importlib.import_module("smoothk._C_cuda")
+    except ImportError as error:
+        return f"the CUDA extension does not load: {error}; install smoothk again"
+    return None
 
 
 def _load_triton() -> str | None:

@@ -60,7 +60,11 @@ def test_tensors_that_the_extension_cannot_take(tensors: list[Tensor], reason: s
 
 
 def test_a_kernel_that_no_gpu_has_verified_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.UNVERIFIED == {("difference_penalty", "triton"), ("polar_factors", "triton")}
+    assert backend.UNVERIFIED == {
+        ("difference_penalty", "triton"),
+        ("polar_factors", "triton"),
+        ("low_rank_conv", "cuda"),
+    }
     monkeypatch.setitem(backend._reasons, "triton", None)
     monkeypatch.setattr(backend, "triton_device", lambda: "cpu")
     tensors = [torch.ones(3), torch.ones(2)]
@@ -100,10 +104,10 @@ def test_fake_tensors_go_to_torch() -> None:
 @pytest.mark.parametrize(
     ("op", "name", "reason"),
     [
-        ("difference_penalty", "cuda", "this version of smoothk has no CUDA kernels"),
-        ("low_rank_conv", "triton", "Triton|no low_rank_conv kernel; use one of cpp, torch"),
+        ("difference_penalty", "cuda", "has no CUDA|not built|no CUDA device|no difference_penalty kernel"),
+        ("low_rank_conv", "triton", "Triton|no low_rank_conv kernel; use one of cuda, cpp, torch"),
         ("nuclear_norm", "cpp", "not built|no nuclear_norm kernel; use one of torch"),
-        ("low_rank_conv", "cuda", "this version of smoothk has no CUDA kernels"),
+        ("low_rank_conv", "cuda", "has no CUDA|not built|no CUDA device|tensors on a CUDA device"),
     ],
 )
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why(op: str, name: str, reason: str) -> None:

@@ -177,7 +177,7 @@ bool plan_low_rank_conv(const LowRankConvArguments& arguments, const void* packe
   const LowRankConvShape& shape = arguments.shape;
   const Dtype dtype = arguments.dtype;
   launch = {};
-  if (!is_taken(arguments) || !set_items(shape, dtype, launch)) return false;
+  if (!is_taken(arguments) || !aligned(packed, 16) || !set_items(shape, dtype, launch)) return false;
   // The cheapest tile: a block's work is about that of kTilePixels, whatever their number, and its loads.
   LowRankConvLaunch best{};
   int64_t best_cost = std::numeric_limits<int64_t>::max();

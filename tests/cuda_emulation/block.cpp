@@ -57,18 +57,24 @@ void enter(size_t fiber) {
   _longjmp(fibers[fiber].state, 1);
 }
 
-// To the next fiber that is not done.
-void switch_fiber() {
+// To the next fiber of `first` and the `count - 1` after it that is not done.
+void switch_fiber(size_t first, size_t count) {
   size_t next = current;
   do {
-    next = reversed ? (next + fibers.size() - 1) % fibers.size() : (next + 1) % fibers.size();
+    next = first + (next - first + (reversed ? count - 1 : 1)) % count;
   } while (fibers[next].done);
   if (next != current) enter(next);
 }
 
-void yield() {
+// Waiting for its warp a fiber leaves the core to that warp, which so runs as far ahead of the others as it can.
+void yield(bool to_warp) {
   if (++idle > 2 * fibers.size()) fail("deadlock: some threads wait where others do not come");
-  if (_setjmp(fibers[current].state) == 0) switch_fiber();
+  if (_setjmp(fibers[current].state) != 0) return;
+  if (to_warp) {
+    switch_fiber(current / kWarpSize * kWarpSize, kWarpSize);
+  } else {
+    switch_fiber(0, fibers.size());
+  }
 }
 
 void run_thread() {
@@ -76,7 +82,7 @@ void run_thread() {
   fibers[current].done = true;
   idle = 0;
   if (--alive == 0) _longjmp(scheduler, 1);
-  switch_fiber();
+  switch_fiber(0, fibers.size());
 }
 
 void pass(Gate& gate, unsigned threads, const std::function<void()>& open) {
@@ -85,7 +91,7 @@ void pass(Gate& gate, unsigned threads, const std::function<void()>& open) {
     open();
     gate.waiting = 0, ++gate.opened, idle = 0;
   }
-  while (gate.opened == before) yield();
+  while (gate.opened == before) yield(&gate != &block_gate);
 }
 
 void run_block(unsigned threads) {

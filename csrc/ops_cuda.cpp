@@ -1,0 +1,139 @@
+// Operators of the low-rank convolution on CUDA, whose schemas are in csrc/ops_low_rank_conv.cpp: the checks that
+// protect memory, allocation, the device and its stream. float32 goes through the tensor cores as TF32: who wants
+// float32 itself does not call this.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda/low_rank_conv.h"
+
+namespace smoothk {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using Ints = std::vector<int64_t>;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "dtype must be float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+Ints sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// What the kernel reads as [sizes], beside `input`.
+void check(const char* name, const Tensor& tensor, const Ints& sizes, const Tensor& input) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.get_device_index() &&
+                      tensor.scalar_type() == input.scalar_type() && sizes_of(tensor) == sizes,
+                  name, " must be on the input's device, of its dtype and of the right shape");
+}
+
+void check_factors(const Ints& v, const Ints& u, int64_t groups) {
+  STD_TORCH_CHECK(v.size() == 4 && u.size() == 4, "v and u must have 4 dimensions");
+  STD_TORCH_CHECK(groups > 0 && v[0] == groups * u[1] && u[0] % groups == 0 && u[2] == 1 && (u[3] == 1 || v[3] == 1),
+                  "v and u must be [groups*r, c_in, k_h, k_w] and [c_out, r, 1, 1], or [groups*r, c_in, k_h, 1] and "
+                  "[c_out, r, 1, k_w]");
+}
+
+Tensor empty_like(const Tensor& tensor, const Ints& sizes, MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(sizes, tensor.scalar_type(), std::nullopt, tensor.device(), std::nullopt, format);
+}
+
+// The kernel copies 16 bytes at a time; a tensor may start anywhere in its storage.
+Tensor aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+void check_launch(const char* message) { STD_TORCH_CHECK(message == nullptr, "smoothk::low_rank_conv: ", message); }
+
+Tensor low_rank_conv_pack(const Tensor& v, const Tensor& u, int64_t groups) {
+  const Ints u_shape = sizes_of(u);
+  check_factors(sizes_of(v), u_shape, groups);
+  STD_TORCH_CHECK(v.is_cuda(), "v and u must be on one device");
+  check("u", u, u_shape, v);
+  const DeviceGuard guard(v.get_device_index());
+  const LowRankConvShape shape = factors_shape(sizes_of(v), u_shape, groups);
+  const Dtype dtype = dtype_of(v);
+  Tensor packed = empty_like(v, {cuda::low_rank_conv_packed_size(shape, dtype)});
+  const Tensor dense_v = torch::stable::contiguous(v), dense_u = torch::stable::contiguous(u);
+  check_launch(cuda::low_rank_conv_pack(shape, dtype, dense_v.const_data_ptr(), dense_u.const_data_ptr(),
+                                        packed.mutable_data_ptr(), current_stream(v)));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor& packed,
+                                               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                               const Ints& v_shape, const Ints& u_shape, const Ints& stride,
+                                               const Ints& padding, const Ints& dilation, const Ints& output_size,
+                                               int64_t groups, bool relu, bool channels_last, bool with_z) {
+  check_factors(v_shape, u_shape, groups);
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && output_size.size() == 2,
+                  "stride, padding, dilation and output_size must be two numbers");
+  STD_TORCH_CHECK(channels_last, "the CUDA kernel writes channels last only");
+  STD_TORCH_CHECK(input.is_cuda() && input.dim() == 4 && input.size(1) == groups * v_shape[1],
+                  "input must be [N, groups*c_in, H, W] on a CUDA device");
+  LowRankConvArguments arguments;
+  arguments.shape = cuda::conv_shape(v_shape, u_shape, groups, sizes_of(input), stride, padding, dilation, output_size);
+  arguments.dtype = dtype_of(input), arguments.relu = relu;
+  arguments.input_layout = arguments.output_layout = Layout::kChannelsLast;
+  const LowRankConvShape& shape = arguments.shape;
+  check("packed", packed, {cuda::low_rank_conv_packed_size(shape, arguments.dtype)}, input);
+
+  const DeviceGuard guard(input.get_device_index());
+  const Ints sizes = {shape.batch, u_shape[0], shape.out_height, shape.out_width};
+  const Ints z_sizes = {shape.batch, v_shape[0], shape.out_height, shape.z_width()};
+  Tensor output = empty_like(input, sizes, MemoryFormat::ChannelsLast);
+  Tensor z = with_z ? empty_like(input, z_sizes, MemoryFormat::ChannelsLast) : empty_like(input, {0});
+  if (output.numel() == 0) return {output, z};
+
+  // Kept until the launch: contiguous copies of what is not.
+  const Tensor dense_input = aligned(torch::stable::contiguous(input, MemoryFormat::ChannelsLast));
+  const Tensor dense_packed = aligned(torch::stable::contiguous(packed));
+  Tensor dense_bias, dense_residual;
+  if (bias) {
+    check("bias", *bias, {u_shape[0]}, input);
+    dense_bias = torch::stable::contiguous(*bias);
+    arguments.bias = dense_bias.const_data_ptr();
+  }
+  if (residual) {
+    check("residual", *residual, sizes, input);
+    dense_residual = torch::stable::contiguous(*residual, MemoryFormat::ChannelsLast);
+    arguments.residual = dense_residual.const_data_ptr();
+  }
+  arguments.input = dense_input.const_data_ptr();
+  arguments.output = output.mutable_data_ptr();
+  arguments.z = with_z ? z.mutable_data_ptr() : nullptr;
+  check_launch(cuda::low_rank_conv(arguments, dense_packed.const_data_ptr(), current_stream(input)));
+  return {output, z};
+}
+
+}  // namespace
+}  // namespace smoothk
+
+STABLE_TORCH_LIBRARY_IMPL(smoothk, CUDA, m) {
+  m.impl("low_rank_conv_pack", TORCH_BOX(&smoothk::low_rank_conv_pack));
+  m.impl("low_rank_conv_fused", TORCH_BOX(&smoothk::low_rank_conv_fused));
+}
