@@ -17,10 +17,15 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc" / "cuda"
 SOURCES = [
-    *(HERE / "cuda_emulation" / name for name in ("library.cpp", "block.cpp", "self_test.cpp")),
+    *(HERE / "cuda_emulation" / name for name in ("library.cpp", "block.cpp", "self_test.cpp", "ops.cpp")),
     CSRC / "low_rank_conv_plan.cpp",
 ]
-FLAGS = "-std=c++20 -O1 -shared -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-unknown-pragmas -x c++".split()
+TORCH = Path(torch.__file__).resolve().parent
+FLAGS = [
+    *"-std=c++20 -O1 -shared -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-unknown-pragmas".split(),
+    *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")),
+    "-Dsmoothk=smoothk_emulated",  # the operators' namespace too
+]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # of csrc/types.h
 SHARED_LIMIT = 232448  # of sm_90 and sm_100
 
@@ -34,7 +39,8 @@ def compiler() -> str | None:
 def build(folder: Path) -> ctypes.CDLL:
     """The library of ``SOURCES``, compiled into ``folder``."""
     library = folder / "emulated_cuda.so"
-    command = [compiler(), *FLAGS, f"-I{HERE / 'cuda_emulation'}", *map(str, SOURCES), "-o", str(library)]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+    command = [compiler(), *FLAGS, f"-I{HERE / 'cuda_emulation'}", *map(str, SOURCES), *libraries]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))

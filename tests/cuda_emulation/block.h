@@ -25,7 +25,7 @@ struct Index {
 extern Index thread_index, block_index;  // of the fiber that runs
 extern bool reversed;                    // last thread first
 
-// Global memory of later launches: any access elsewhere is an error. `forget_memory` leaves none.
+// Global memory of later launches: once some is declared, any access elsewhere is an error.
 void declare_memory(const void* start, size_t bytes);
 void forget_memory();
 

@@ -1,0 +1,128 @@
+"""The CUDA operators of the low-rank convolution, with the emulated kernels in the place of a GPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close_rel
+from emulated_cuda import Emulator
+from torch import Tensor
+
+SCHEMAS = (
+    "low_rank_conv_pack(Tensor v, Tensor u, int groups) -> Tensor",
+    "low_rank_conv_fused(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int[] v_shape, int[] u_shape, "
+    "int[] stride, int[] padding, int[] dilation, int[] output_size, int groups, bool relu, bool channels_last, "
+    "bool with_z) -> (Tensor, Tensor)",
+)
+V, U = (24, 16, 3, 3), (20, 24, 1, 1)
+V_SPATIAL, U_SPATIAL = (24, 16, 3, 1), (20, 24, 1, 3)
+INPUT, OUTPUT = (2, 16, 6, 7), (2, 20, 6, 7)
+
+
+@pytest.fixture(scope="module")
+def ops(emulator: Emulator) -> object:
+    library = torch.library.Library("smoothk_emulated", "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema)
+    yield torch.ops.smoothk_emulated
+    library._destroy()
+
+
+def call(
+    ops: object,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
+    channels_last: bool = True,
+    with_z: bool = True,
+) -> tuple[Tensor, Tensor]:
+    packed = ops.low_rank_conv_pack(v, u, 1) if packed is None else packed
+    shapes = list(v.shape), list(u.shape)
+    numbers = [1, 1], [1, 1], [1, 1], list(x.shape[2:])
+    return ops.low_rank_conv_fused(x, packed, bias, residual, *shapes, *numbers, 1, False, channels_last, with_z)
+
+
+def expected(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> tuple:
+    x, v, u, bias, residual = (None if t is None else t.double() for t in (x, v, u, bias, residual))
+    pad = (0, 1) if u.shape[3] > 1 else (0, 0)
+    z = F.conv2d(x, v, padding=(1, 1 - pad[1]))
+    y = F.conv2d(z, u, bias, padding=pad)
+    return y if residual is None else y + residual, z
+
+
+def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(size).to(dtype)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].as_strided(tensor.shape, tensor.stride())
+    return moved.copy_(tensor)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels first": lambda t: t.contiguous(),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "misaligned": lambda t: misaligned(t.contiguous(memory_format=torch.channels_last)),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "sliced": lambda t: torch.cat([t, t], -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shapes", [(V, U), (V_SPATIAL, U_SPATIAL)], ids=["channel", "spatial"])
+def test_values_and_layouts(shapes: tuple, dtype: torch.dtype, ops: object) -> None:
+    x, v, u, bias = (random(*size, dtype=dtype) for size in (INPUT, *shapes, (20,)))
+    precision = torch.float16 if dtype == torch.float32 else dtype
+    y, z = call(ops, x, v / 12, u / 5, bias)
+    for actual, correct in zip((y, z), expected(x, v / 12, u / 5, bias), strict=True):
+        assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
+        assert_close_rel(actual, correct, precision)
+    assert call(ops, x, v, u, with_z=False)[1].shape == (0,)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_any_layout(layout: str, ops: object) -> None:
+    arrange = LAYOUTS[layout]
+    x, v, u, residual = (
+        arrange(random(*INPUT)),
+        arrange(random(*V) / 12),
+        arrange(random(*U) / 5),
+        arrange(random(*OUTPUT)),
+    )
+    bias = random(40)[::2]
+    y, z = call(ops, x, v, u, bias, residual)
+    for actual, correct in zip((y, z), expected(x, v, u, bias, residual), strict=True):
+        assert_close_rel(actual, correct, torch.bfloat16)
+
+
+def test_an_empty_batch(ops: object) -> None:
+    y, z = call(ops, random(0, *INPUT[1:]), random(*V), random(*U))
+    assert y.shape == (0, 20, 6, 7) and z.shape == (0, 24, 6, 7)
+
+
+def test_what_would_read_outside_of_memory_is_refused(ops: object) -> None:
+    x, v, u = random(*INPUT), random(*V), random(*U)
+    packed = ops.low_rank_conv_pack(v, u, 1)
+    for message, change in {
+        "packed must be": {"packed": packed[1:]},
+        "packed must be on": {"packed": packed.float()},
+        "input must be": {"x": random(2, 17, 6, 7)},
+        "bias must be": {"bias": random(21)},
+        "bias must be on": {"bias": random(20, dtype=torch.float32)},
+        "residual must be": {"residual": random(*INPUT)},
+        "v and u must be": {"u": random(20, 23, 1, 1), "packed": packed},
+        "dtype must be": {"x": x.double(), "packed": packed},
+        "channels last only": {"channels_last": False},
+        "does not take this case": {"x": random(2, 12, 6, 7), "v": random(24, 12, 3, 3)},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call(ops, **{"x": x, "v": v, "u": u, **change})
+    with pytest.raises(RuntimeError, match="u must be on the input's device, of its dtype"):
+        ops.low_rank_conv_pack(v, u.float(), 1)
