@@ -23,8 +23,8 @@ int64_t packed_size(const Ints& v, const Ints& u, int64_t groups, const std::str
   return smoothk::cuda::low_rank_conv_packed_size(smoothk::factors_shape(v, u, groups), dtype_of(dtype));
 }
 
-bool can_run(const Ints& v, const Ints& u, const Ints& input, const Ints& stride, const Ints& padding,
-             const Ints& dilation, const Ints& output_size, int64_t groups, const std::string& dtype, bool with_z) {
+int64_t blocks(const Ints& v, const Ints& u, const Ints& input, const Ints& stride, const Ints& padding,
+               const Ints& dilation, const Ints& output_size, int64_t groups, const std::string& dtype, bool with_z) {
   smoothk::LowRankConvArguments arguments;
   arguments.shape = smoothk::cuda::conv_shape(v, u, groups, input, stride, padding, dilation, output_size);
   arguments.dtype = dtype_of(dtype);
@@ -32,7 +32,8 @@ bool can_run(const Ints& v, const Ints& u, const Ints& input, const Ints& stride
   alignas(16) static char aligned[16];
   if (with_z) arguments.z = aligned;
   smoothk::cuda::LowRankConvLaunch launch;
-  return smoothk::cuda::plan_low_rank_conv(arguments, nullptr, smoothk::cuda::kLeastShared, launch);
+  const bool taken = smoothk::cuda::plan_low_rank_conv(arguments, nullptr, smoothk::cuda::kLeastShared, launch);
+  return taken ? launch.blocks : 0;
 }
 
 }  // namespace
@@ -41,5 +42,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of smoothk";
   m.attr("architectures") = SMOOTHK_CUDA_ARCHITECTURES;
   m.def("low_rank_conv_packed_size", &packed_size, "Entries of the packed form of factors of these shapes.");
-  m.def("low_rank_conv_can_run", &can_run, "Whether the kernel takes a convolution of these shapes, channels last.");
+  m.def("low_rank_conv_blocks", &blocks,
+        "Thread blocks of a convolution of these shapes, channels last; 0 where the kernel does not take it.");
 }

@@ -61,6 +61,11 @@ Tensor aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
 }
 
+// The kernel writes channels last.
+Tensor in_layout(const Tensor& images, bool channels_last) {
+  return channels_last ? images : torch::stable::contiguous(images);
+}
+
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -92,7 +97,6 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
   check_factors(v_shape, u_shape, groups);
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && output_size.size() == 2,
                   "stride, padding, dilation and output_size must be two numbers");
-  STD_TORCH_CHECK(channels_last, "the CUDA kernel writes channels last only");
   STD_TORCH_CHECK(input.is_cuda() && input.dim() == 4 && input.size(1) == groups * v_shape[1],
                   "input must be [N, groups*c_in, H, W] on a CUDA device");
   LowRankConvArguments arguments;
@@ -107,7 +111,7 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
   const Ints z_sizes = {shape.batch, v_shape[0], shape.out_height, shape.z_width()};
   Tensor output = empty_like(input, sizes, MemoryFormat::ChannelsLast);
   Tensor z = with_z ? empty_like(input, z_sizes, MemoryFormat::ChannelsLast) : empty_like(input, {0});
-  if (output.numel() == 0) return {output, z};
+  if (output.numel() == 0) return {in_layout(output, channels_last), z};
 
   // Kept until the launch: contiguous copies of what is not.
   const Tensor dense_input = aligned(torch::stable::contiguous(input, MemoryFormat::ChannelsLast));
@@ -127,7 +131,7 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
   arguments.output = output.mutable_data_ptr();
   arguments.z = with_z ? z.mutable_data_ptr() : nullptr;
   check_launch(cuda::low_rank_conv(arguments, dense_packed.const_data_ptr(), current_stream(input)));
-  return {output, z};
+  return {in_layout(output, channels_last), z};
 }
 
 }  // namespace

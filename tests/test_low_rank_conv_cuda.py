@@ -205,6 +205,7 @@ def test_what_the_kernel_does_not_take(emulator: Emulator) -> None:
     uncovered = replace(case, spatial=True, kernel=(3, 1), stride=(1, 4), image=(3, 150))
     assert not taken(uncovered) and taken(replace(uncovered, with_z=False))
     assert not taken(case, height=2**15, width=2**15, in_channels=64)  # 16-byte offsets in 32 bits
+    assert taken(case, batch=2**26) and not taken(case, batch=2**27)  # pixels of the output in 32 bits
 
 
 def test_tiles_fill_the_tensor_cores_and_leave_room_for_two_blocks(emulator: Emulator) -> None:

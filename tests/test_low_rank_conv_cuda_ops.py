@@ -85,6 +85,8 @@ def test_values_and_layouts(shapes: tuple, dtype: torch.dtype, ops: object) -> N
         assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
         assert_close_rel(actual, correct, precision)
     assert call(ops, x, v, u, with_z=False)[1].shape == (0,)
+    first = call(ops, x, v / 12, u / 5, bias, channels_last=False)[0]
+    assert first.is_contiguous() and torch.equal(first, y)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -119,7 +121,6 @@ def test_what_would_read_outside_of_memory_is_refused(ops: object) -> None:
         "residual must be": {"residual": random(*INPUT)},
         "v and u must be": {"u": random(20, 23, 1, 1), "packed": packed},
         "dtype must be": {"x": x.double(), "packed": packed},
-        "channels last only": {"channels_last": False},
         "does not take this case": {"x": random(2, 12, 6, 7), "v": random(24, 12, 3, 3)},
     }.items():
         with pytest.raises(RuntimeError, match=message):

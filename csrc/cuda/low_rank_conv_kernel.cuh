@@ -163,7 +163,7 @@ class LowRankConvBlock {
   __device__ void finish_z(const Sums<kRankPairs>& sums, uint32_t (&operands)[kWarpTiles][kRankPairs][kPairDepths][4]) {
 #pragma unroll
     for (int t = 0; t < kWarpTiles; ++t) {
-      int64_t at[2];
+      int32_t at[2];
       for (int half = 0; half < 2; ++half) {
         at[half] = p.z ? position(row_of_sums(t, half), p.z_tile_w, z_column0, p.z_width) : -1;
       }
@@ -194,7 +194,7 @@ class LowRankConvBlock {
 
   // y = u * z, stored
   __device__ void second_product(const uint32_t (&operands)[kWarpTiles][kRankPairs][kPairDepths][4]) {
-    int64_t at[kWarpTiles][2];
+    int32_t at[kWarpTiles][2];
     int32_t lines[kWarpTiles], columns[kWarpTiles];  // of z: the lane's row of A, for tap 0
 #pragma unroll
     for (int t = 0; t < kWarpTiles; ++t) {
@@ -235,7 +235,7 @@ class LowRankConvBlock {
     }
   }
 
-  __device__ void store_output(const Sums<kChunkPairs>& sums, const int64_t (&at)[kWarpTiles][2], int32_t chunk) {
+  __device__ void store_output(const Sums<kChunkPairs>& sums, const int32_t (&at)[kWarpTiles][2], int32_t chunk) {
 #pragma unroll
     for (int pair = 0; pair < kChunkPairs; ++pair) {
       const int32_t channel = (chunk * kChunkPairs + pair) * kPair + lane % 4 * 4;
@@ -264,17 +264,17 @@ class LowRankConvBlock {
   __device__ int32_t row_of_sums(int t, int half) const { return tile_start(t) + half * 8 + lane / 4; }
 
   // Number of the pixel, in a batch of images `width` wide, that pixel i of a tile is; -1 if it is none.
-  __device__ int64_t position(int32_t i, int32_t tile_width, int32_t first_column, int32_t width) const {
+  __device__ int32_t position(int32_t i, int32_t tile_width, int32_t first_column, int32_t width) const {
     const int32_t line = i / tile_width, column = first_column + i % tile_width;
     const int32_t image = image0 + line / p.tile_h, row = row0 + line % p.tile_h;
     const bool inside = line < p.tile_n * p.tile_h && image < p.batch && row < p.out_height && column < width;
-    return inside ? (int64_t{image} * p.out_height + row) * width + column : -1;
+    return inside ? (image * p.out_height + row) * width + column : -1;
   }
 
   // Channels `channel` to channel + 3 of pixel `pixel`, those that are there.
-  __device__ static void load_channels(const void* from, int64_t pixel, int32_t channels, int32_t channel,
+  __device__ static void load_channels(const void* from, int32_t pixel, int32_t channels, int32_t channel,
                                        float (&values)[4], bool whole) {
-    const Element* first = static_cast<const Element*>(from) + pixel * channels + channel;
+    const Element* first = static_cast<const Element*>(from) + int64_t{pixel} * channels + channel;
     if (whole) {
       if (channel < channels) M::unpack(load_global(reinterpret_cast<const Vector*>(first)), values);
     } else {
@@ -283,9 +283,9 @@ class LowRankConvBlock {
     }
   }
 
-  __device__ static void store_channels(void* to, int64_t pixel, int32_t channels, int32_t channel,
+  __device__ static void store_channels(void* to, int32_t pixel, int32_t channels, int32_t channel,
                                         const float (&values)[4], bool whole) {
-    Element* first = static_cast<Element*>(to) + pixel * channels + channel;
+    Element* first = static_cast<Element*>(to) + int64_t{pixel} * channels + channel;
     if (whole) {
       if (channel < channels) store_global(reinterpret_cast<Vector*>(first), M::pack(values));
     } else {
@@ -304,9 +304,13 @@ class LowRankConvBlock {
   int32_t halo;                   // pixels of the input
 };
 
-// Two blocks an SM: with up to 255 registers nothing is spilled for a third.
+// Blocks an SM that the registers are shared among, without spilling any.
+template <Dtype kDtype, int kRankPairs>
+constexpr int kResidentBlocks = kDtype != Dtype::kFloat32 && kRankPairs <= 4 ? 3 : 2;
+
 template <Dtype kDtype, int kRankPairs, bool kSpatial>
-__global__ void __launch_bounds__(kThreads, 2) low_rank_conv_kernel(const __grid_constant__ LowRankConvLaunch launch) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kDtype, kRankPairs>)
+    low_rank_conv_kernel(const __grid_constant__ LowRankConvLaunch launch) {
   LowRankConvBlock<kDtype, kRankPairs, kSpatial>(launch).run();
 }
 

@@ -9,7 +9,7 @@ namespace smoothk::cuda {
 namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-constexpr int64_t kItemBytes = 20 << 10;  // of v at a time, at most: two blocks then fit on an SM of 228 KB
+constexpr int64_t kItemBytes = 12 << 10;  // of v at a time, where a tap is not more: 64 to 96 mma a warp and barrier
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,7 +41,9 @@ bool is_taken(const LowRankConvArguments& arguments) {
         std::array{shape.out_width, shape.stride_w, shape.kernel_w, shape.dilation_w, shape.pad_w}}) {
     if (pad < 0 || pad > kMaxInt / 2 || (size + kTilePixels) * stride + kernel * dilation > kMaxInt / 2) return false;
   }
-  return shape.rank <= kMaxRank;
+  // So are those of pixels in a batch, of z and of the output; channels are counted in 64 bits.
+  const int64_t columns = std::max(shape.out_width, shape.z_width());
+  return shape.rank <= kMaxRank && shape.batch <= kMaxInt / shape.out_height / columns;
 }
 
 // Tiles of `tile_w` columns and of as many rows and images as make no more than `pixels`; false if that is none.
@@ -139,7 +141,8 @@ bool set_items(const LowRankConvShape& shape, Dtype dtype, LowRankConvLaunch& la
   const int64_t element = bytes_of(dtype), chunk = output_chunk(dtype);
   const int64_t taps = shape.kernel_h * (shape.spatial ? 1 : shape.kernel_w);
   const int64_t tap_bytes = padded_rank(shape) * kSliceBytes, second_bytes = chunk * padded_rank(shape) * element;
-  const int64_t taps_per_item = divide_up(taps, divide_up(taps, std::max<int64_t>(kItemBytes / tap_bytes, 1)));
+  const int64_t most_taps = std::max<int64_t>(std::max(kItemBytes, second_bytes) / tap_bytes, 1);
+  const int64_t taps_per_item = divide_up(taps, divide_up(taps, most_taps));
   const int64_t items_per_slice = divide_up(taps, taps_per_item);
   const int64_t slices = divide_up(shape.in_channels * element, kSliceBytes);
   const int64_t chunks = divide_up(shape.out_channels, chunk);
@@ -153,7 +156,7 @@ bool set_items(const LowRankConvShape& shape, Dtype dtype, LowRankConvLaunch& la
   launch.second_kernel_w = static_cast<int32_t>(second_kernel_w);
   launch.first_kernel_w = static_cast<int32_t>(shape.spatial ? 1 : shape.kernel_w);
   // Two slices where the one being read outlasts kStages - 1 items, and one more where each item is a slice.
-  launch.input_slots = items_per_slice == 1 ? kStages : 2;
+  launch.input_slots = static_cast<int32_t>(std::min<int64_t>(items_per_slice == 1 ? kStages : 2, slices));
   launch.weights_bytes = static_cast<int32_t>(std::max(launch.taps_per_item * tap_bytes, second_bytes));
   return true;
 }
