@@ -24,7 +24,8 @@ int64_t packed_size(const Ints& v, const Ints& u, int64_t groups, const std::str
 }
 
 int64_t blocks(const Ints& v, const Ints& u, const Ints& input, const Ints& stride, const Ints& padding,
-               const Ints& dilation, const Ints& output_size, int64_t groups, const std::string& dtype, bool with_z) {
+               const Ints& dilation, const Ints& output_size, int64_t groups, const std::string& dtype, bool with_z,
+               int64_t multiprocessors) {
   smoothk::LowRankConvArguments arguments;
   arguments.shape = smoothk::cuda::conv_shape(v, u, groups, input, stride, padding, dilation, output_size);
   arguments.dtype = dtype_of(dtype);
@@ -32,7 +33,8 @@ int64_t blocks(const Ints& v, const Ints& u, const Ints& input, const Ints& stri
   alignas(16) static char aligned[16];
   if (with_z) arguments.z = aligned;
   smoothk::cuda::LowRankConvLaunch launch;
-  const bool taken = smoothk::cuda::plan_low_rank_conv(arguments, nullptr, smoothk::cuda::kLeastShared, launch);
+  const bool taken =
+      smoothk::cuda::plan_low_rank_conv(arguments, nullptr, {multiprocessors, smoothk::cuda::kLeastShared}, launch);
   return taken ? launch.blocks : 0;
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ FLAGS = [
     "-Dsmoothk=smoothk_emulated",  # the operators' namespace too
 ]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # of csrc/types.h
-SHARED_LIMIT = 232448  # of sm_90 and sm_100
 
 
 def compiler() -> str | None:
@@ -49,6 +49,13 @@ def build(folder: Path) -> ctypes.CDLL:
     for name in ("low_rank_conv_pack", "low_rank_conv"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
+
+
+class Device(NamedTuple):
+    """Of a GPU, what the launcher asks for; by default one on which nothing is gained by smaller tiles."""
+
+    multiprocessors: int = 1
+    shared_limit: int = 232448  # of sm_90 and sm_100
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,11 @@ class Emulator:
     def __init__(self, folder: Path) -> None:
         self.library = build(folder)
 
-    def plan(
-        self, sizes: Sizes, dtype: torch.dtype, with_z: bool = False, shared_limit: int = SHARED_LIMIT
-    ) -> list[int]:
+    def plan(self, sizes: Sizes, dtype: torch.dtype, with_z: bool, device: Device) -> list[int]:
         """Images, rows, columns of a tile, blocks and bytes of shared memory; empty where the case is not taken."""
         result = (ctypes.c_int64 * 5)()
-        taken = self.library.low_rank_conv_plan(
-            sizes.array(), DTYPES[dtype], with_z, ctypes.c_int64(shared_limit), result
-        )
+        numbers = map(ctypes.c_int64, device)
+        taken = self.library.low_rank_conv_plan(sizes.array(), DTYPES[dtype], with_z, *numbers, result)
         return list(result) if taken else []
 
     def pack(self, sizes: Sizes, v: Tensor, u: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ class Emulator:
         relu: bool,
         output: Tensor,
         z: Tensor | None,
-        shared_limit: int = SHARED_LIMIT,
+        device: Device,
         reverse: bool = False,
     ) -> None:
         """Fills ``output`` and ``z``; images are channels last. ``reverse`` runs the last thread of a block first."""
@@ -126,7 +130,7 @@ class Emulator:
         with self._memory(*(tensor for tensor in tensors if tensor is not None)):
             self._check(
                 self.library.low_rank_conv(
-                    sizes.array(), DTYPES[input.dtype], *pointers[:4], relu, *pointers[4:], shared_limit
+                    sizes.array(), DTYPES[input.dtype], *pointers[:4], relu, *pointers[4:], *device
                 )
             )
 

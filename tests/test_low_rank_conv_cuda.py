@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_rel
-from emulated_cuda import CSRC, Emulator, Sizes
+from emulated_cuda import CSRC, Device, Emulator, Sizes
 from sass import Binary, compile_cuda, cuobjdump
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class Case:
     residual: bool = False
     relu: bool = False
     with_z: bool = True
-    shared_limit: int = 232448
+    device: Device = Device()
 
     def __str__(self) -> str:
         given = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -93,7 +93,7 @@ def run(
     output = blank(*output_size)
     z = blank(case.batch, case.rank, out_h, case.image[1] if case.spatial else out_w) if case.with_z else None
     emulator.low_rank_conv(
-        case.sizes, x, emulator.pack(case.sizes, v, u), bias, residual, case.relu, output, z, case.shared_limit, reverse
+        case.sizes, x, emulator.pack(case.sizes, v, u), bias, residual, case.relu, output, z, case.device, reverse
     )
 
     x, v, u = x.double(), v.double(), u.double()
@@ -119,6 +119,8 @@ CHANNEL = [
     Case(),
     Case(rank=1, in_channels=8, out_channels=1, bias=False),
     Case(rank=17, in_channels=40, out_channels=30, batch=3, residual=True, relu=True),
+    Case(rank=50, in_channels=40, out_channels=68, image=(8, 9), batch=3, relu=True, device=Device(132)),
+    Case(rank=128, in_channels=24, out_channels=40, image=(4, 4), batch=5, residual=True, device=Device(132)),
     Case(rank=40, in_channels=72, out_channels=70, image=(7, 7), batch=2),
     Case(rank=64, in_channels=32, out_channels=64, image=(8, 9), bias=False, relu=True),
     Case(rank=128, in_channels=24, out_channels=136, image=(4, 4), batch=9, residual=True),
@@ -138,8 +140,8 @@ CHANNEL = [
     Case(image=(1, 300)),
     Case(image=(37, 3), kernel=(3, 1), pad=(1, 0)),
     Case(image=(20, 19), batch=2, relu=True),
-    Case(in_channels=64, rank=32, image=(12, 16), shared_limit=99 << 10),
-    Case(rank=128, kernel=(7, 7), pad=(3, 3), dilation=(2, 2), image=(13, 14), shared_limit=163 << 10),
+    Case(in_channels=64, rank=32, image=(12, 16), device=Device(132, 99 << 10)),
+    Case(rank=128, kernel=(7, 7), pad=(3, 3), dilation=(2, 2), image=(13, 14), device=Device(shared_limit=163 << 10)),
 ]
 SPATIAL = [
     *(replace(case, spatial=True) for case in CHANNEL),
@@ -191,14 +193,14 @@ def test_what_the_kernel_does_not_take(emulator: Emulator) -> None:
     case = Case()
 
     def taken(case: Case, **sizes: int) -> bool:
-        return bool(emulator.plan(replace(case.sizes, **sizes), case.dtype, case.with_z, case.shared_limit))
+        return bool(emulator.plan(replace(case.sizes, **sizes), case.dtype, case.with_z, case.device))
 
     assert taken(case)
     assert not taken(replace(case, dtype=torch.float64))
     assert not taken(replace(case, rank=129)) and not taken(case, rank=0)
     assert not taken(replace(case, in_channels=12)) and taken(replace(case, in_channels=12, dtype=torch.float32))
     assert not taken(case, groups=2) and not taken(case, batch=0)
-    assert not taken(replace(case, shared_limit=1 << 10))
+    assert not taken(replace(case, device=Device(1, 1 << 10)))
     assert not taken(replace(case, kernel=(200, 200), pad=(100, 100)))  # no tile's halo fits
     assert not taken(replace(case, pad=(2**31, 1))) and not taken(case, pad_h=-1)
     assert not taken(replace(case, spatial=True, kernel=(1, 129), image=(1, 200), pad=(0, 0)))  # z of a pixel does not
@@ -208,13 +210,15 @@ def test_what_the_kernel_does_not_take(emulator: Emulator) -> None:
     assert taken(case, batch=2**26) and not taken(case, batch=2**27)  # pixels of the output in 32 bits
 
 
-def test_tiles_fill_the_tensor_cores_and_leave_room_for_two_blocks(emulator: Emulator) -> None:
+def test_tiles_fill_the_tensor_cores_and_leave_room_for_other_blocks(emulator: Emulator) -> None:
     for spatial in (False, True):
-        for channels, side, rank in ((64, 32, 16), (128, 16, 32), (256, 8, 64), (512, 4, 128), (64, 56, 16)):
+        for channels, side, rank in ((64, 32, 16), (64, 56, 16), (128, 16, 32), (256, 8, 64), (512, 4, 128)):
             case = Case(spatial=spatial, batch=128, in_channels=channels, rank=rank, image=(side, side))
-            tile_n, tile_h, tile_w, blocks, shared_bytes = emulator.plan(case.sizes, case.dtype)
-            assert 0.85 <= 128 * side * side / (128 * blocks)
-            assert 2 * (shared_bytes + 1024) <= 228 << 10
+            *_, blocks, shared_bytes = emulator.plan(case.sizes, case.dtype, True, Device())
+            assert 128 * side * side >= 0.85 * 128 * blocks
+            assert (3 if rank <= 64 else 2) * (shared_bytes + 1024) <= 228 << 10
+            *_, smaller, _ = emulator.plan(case.sizes, case.dtype, True, Device(132))
+            assert smaller == (2 * blocks if blocks < 132 else blocks)
 
 
 @dataclass(frozen=True)
@@ -225,22 +229,23 @@ class Kernel:
     rank: int
     scheme: str
     arch: int
+    warp_tiles: int = 2
 
     @property
     def arguments(self) -> str:
-        return f"Dtype::{self.dtype}, {self.rank // 16}, {str(self.scheme == 'spatial').lower()}"
+        return f"Dtype::{self.dtype}, {self.rank // 16}, {str(self.scheme == 'spatial').lower()}, {self.warp_tiles}"
 
     @property
     def mangled(self) -> str:
         number = DTYPES_OF_THE_LIBRARY[self.dtype]
-        return f"DtypeE{number}ELi{self.rank // 16}ELb{int(self.scheme == 'spatial')}"
+        return f"DtypeE{number}ELi{self.rank // 16}ELb{int(self.scheme == 'spatial')}ELi{self.warp_tiles}E"
 
 
 LARGEST = [Kernel(dtype, 128, "channel", arch) for arch in (80, 90, 100) for dtype in ("kBFloat16", "kFloat32")]
 KERNELS = [
     *LARGEST,
     *(Kernel(*kernel, 90) for kernel in [("kBFloat16", 128, "spatial"), ("kFloat16", 64, "channel")]),
-    *(Kernel(*kernel, 90) for kernel in [("kFloat32", 64, "spatial"), ("kFloat32", 16, "channel")]),
+    *(Kernel(*kernel, 90, 1) for kernel in [("kFloat32", 64, "spatial"), ("kBFloat16", 16, "channel")]),
 ]
 DTYPES_OF_THE_LIBRARY = {"kFloat32": 0, "kBFloat16": 2, "kFloat16": 3}
 PRODUCTS = {

@@ -1,6 +1,8 @@
 // Launches the fused low-rank convolution and the kernel that packs its factors.
 #include <cuda_runtime.h>
 
+#include <utility>
+
 #include "low_rank_conv.h"
 #include "low_rank_conv_kernel.cuh"
 #include "low_rank_conv_pack.cuh"
@@ -23,41 +25,54 @@ const char* launch_kernel(Kernel* kernel, int64_t blocks, int32_t shared_bytes, 
   return message(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// The kernel for each rank up to kMaxRank in steps of 16.
+using Kernel = void (*)(const LowRankConvLaunch);
+
+// For each rank up to kMaxRank in steps of 16.
+template <Dtype kDtype, bool kSpatial, int kWarpTiles, int... kRankPairs>
+Kernel kernel_for(int64_t rank, std::integer_sequence<int, kRankPairs...>) {
+  static_assert(sizeof...(kRankPairs) * kPair == kMaxRank);
+  constexpr Kernel kernels[] = {low_rank_conv_kernel<kDtype, kRankPairs + 1, kSpatial, kWarpTiles>...};
+  return kernels[(rank - 1) / kPair];
+}
+
 template <Dtype kDtype, bool kSpatial>
-auto kernel_for(int64_t rank) {
-  constexpr decltype(&low_rank_conv_kernel<kDtype, 1, kSpatial>) kernels[] = {
-      low_rank_conv_kernel<kDtype, 1, kSpatial>, low_rank_conv_kernel<kDtype, 2, kSpatial>,
-      low_rank_conv_kernel<kDtype, 3, kSpatial>, low_rank_conv_kernel<kDtype, 4, kSpatial>,
-      low_rank_conv_kernel<kDtype, 5, kSpatial>, low_rank_conv_kernel<kDtype, 6, kSpatial>,
-      low_rank_conv_kernel<kDtype, 7, kSpatial>, low_rank_conv_kernel<kDtype, 8, kSpatial>};
-  return kernels[(rank - 1) / 16];
+Kernel kernel_for(const LowRankConvLaunch& launch) {
+  constexpr std::make_integer_sequence<int, kMaxRank / kPair> ranks;
+  return launch.warp_tiles == 1 ? kernel_for<kDtype, kSpatial, 1>(launch.rank, ranks)
+                                : kernel_for<kDtype, kSpatial, kMaxWarpTiles>(launch.rank, ranks);
 }
 
 template <Dtype kDtype>
-auto kernel_for(const LowRankConvShape& shape) {
-  return shape.spatial ? kernel_for<kDtype, true>(shape.rank) : kernel_for<kDtype, false>(shape.rank);
+Kernel kernel_for(bool spatial, const LowRankConvLaunch& launch) {
+  return spatial ? kernel_for<kDtype, true>(launch) : kernel_for<kDtype, false>(launch);
 }
 
-auto kernel_for(const LowRankConvShape& shape, Dtype dtype) {
-  return dtype == Dtype::kBFloat16  ? kernel_for<Dtype::kBFloat16>(shape)
-         : dtype == Dtype::kFloat16 ? kernel_for<Dtype::kFloat16>(shape)
-                                    : kernel_for<Dtype::kFloat32>(shape);
+Kernel kernel_for(const LowRankConvArguments& arguments, const LowRankConvLaunch& launch) {
+  const bool spatial = arguments.shape.spatial;
+  return arguments.dtype == Dtype::kBFloat16  ? kernel_for<Dtype::kBFloat16>(spatial, launch)
+         : arguments.dtype == Dtype::kFloat16 ? kernel_for<Dtype::kFloat16>(spatial, launch)
+                                              : kernel_for<Dtype::kFloat32>(spatial, launch);
+}
+
+const char* current_device(Device& device) {
+  int number = 0, multiprocessors = 0, shared_limit = 0;
+  cudaError_t status = cudaGetDevice(&number);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+  }
+  device = {multiprocessors, shared_limit};
+  return message(status);
 }
 
 }  // namespace
 
 const char* low_rank_conv(const LowRankConvArguments& arguments, const void* packed, void* stream) {
-  int device = 0, shared_limit = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (status != cudaSuccess) return message(status);
+  Device device;
+  if (const char* failure = current_device(device)) return failure;
   LowRankConvLaunch launch;
-  if (!plan_low_rank_conv(arguments, packed, shared_limit, launch)) return "the kernel does not take this case";
-  return launch_kernel(kernel_for(arguments.shape, arguments.dtype), launch.blocks, launch.shared_bytes, stream,
-                       launch);
+  if (!plan_low_rank_conv(arguments, packed, device, launch)) return "the kernel does not take this case";
+  return launch_kernel(kernel_for(arguments, launch), launch.blocks, launch.shared_bytes, stream, launch);
 }
 
 const char* low_rank_conv_pack(const LowRankConvShape& shape, Dtype dtype, const void* v, const void* u, void* packed,

@@ -7,10 +7,11 @@
 namespace smoothk::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kTilePixels = 128;  // of z in a block: 32 a warp
-constexpr int kStages = 3;        // of the ring buffer of weights
-constexpr int kSliceBytes = 64;   // of an input pixel in shared memory at a time: two operands deep
-constexpr int kPixelBytes = 80;   // its pitch: eight neighbours lie in different banks
+constexpr int kWarpPixels = 16;  // of z and of the output at a time; a warp has up to kMaxWarpTiles times as many
+constexpr int kMaxWarpTiles = 2;
+constexpr int kStages = 3;       // of the ring buffer of weights
+constexpr int kSliceBytes = 64;  // of an input pixel in shared memory at a time: two operands deep
+constexpr int kPixelBytes = 80;  // its pitch: eight neighbours lie in different banks
 constexpr int kMaxRank = 128;
 
 // Output channels that a block computes at a time: what fits in registers.
@@ -43,6 +44,7 @@ struct LowRankConvLaunch {
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int32_t first_kernel_w, second_kernel_w;  // of the first convolution and, in the spatial scheme, of the second
   int32_t tile_n, tile_h, tile_w, tiles_h, tiles_w;
+  int32_t warp_tiles;      // kernel: 16 pixels a warp and item of weights, or 32, which halves the weights' traffic
   int32_t z_tile_w;        // columns of z that the block computes; tile_w in the channel scheme
   int32_t halo_h, halo_w;  // rows and columns of the input that it reads of an image
   int32_t slices, taps, taps_per_item, items_per_slice, chunks;
@@ -55,9 +57,13 @@ struct LowRankConvLaunch {
   int64_t blocks;
 };
 
-// False where the kernel does not take the case, or needs more than `shared_limit` bytes of shared memory a block.
-// Layouts are channels last; pointers of `arguments` are read for their alignment only.
-bool plan_low_rank_conv(const LowRankConvArguments& arguments, const void* packed, int64_t shared_limit,
+struct Device {
+  int64_t multiprocessors;
+  int64_t shared_limit;  // bytes a block can have
+};
+
+// False where the kernel does not take the case. Pointers of `arguments` are read for their alignment only.
+bool plan_low_rank_conv(const LowRankConvArguments& arguments, const void* packed, const Device& device,
                         LowRankConvLaunch& launch);
 
 // Number of entries, of the input's dtype, of the packed factors, and of those the number that v takes.

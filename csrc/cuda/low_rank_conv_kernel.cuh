@@ -12,23 +12,23 @@
 namespace smoothk::cuda {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kWarpTiles = kTilePixels / 16 / kWarps;
-static_assert(kWarpTiles * kWarps * 16 == kTilePixels);
 
-template <int kPairs>
-using Sums = float[kWarpTiles][2 * kPairs][4];  // C of 16 pixels by 16 * kPairs channels, for each tile
-
-template <Dtype kDtype, int kRankPairs, bool kSpatial>
+template <Dtype kDtype, int kRankPairs, bool kSpatial, int kWarpTiles>
 class LowRankConvBlock {
   using M = Mma<kDtype>;
   using Element = typename M::Element;
   using Vector = typename M::Vector;
+  static constexpr int kTilePixels = kWarpPixels * kWarps * kWarpTiles;
   static constexpr int kPairDepths = kPair / M::kDepth;  // operands A that 16 columns of C make
   static constexpr int kSliceDepths = kSliceBytes / kDepthBytes;
   static constexpr int kChunkPairs = kOutputChunk<kDtype> / kPair;
   static constexpr int kTapBytes = kSliceDepths * kRankPairs * kPairBytes;
   static constexpr int kChunkBytes = kRankPairs * kPairDepths * kChunkPairs * kPairBytes;  // of one tap of u
   static constexpr int kZBytes = kRankPairs * kPair * sizeof(Element) + 16;  // pitch: eight rows in different banks
+
+  template <int kPairs>
+  using Sums =
+      float[kWarpTiles][2 * kPairs][4];  // C of 16 pixels by 16 * kPairs channels, for each of the warp's tiles
 
  public:
   __device__ explicit LowRankConvBlock(const LowRankConvLaunch& launch) : p(launch) {
@@ -260,7 +260,7 @@ class LowRankConvBlock {
     }
   }
 
-  __device__ int32_t tile_start(int t) const { return (t * kWarps + warp) * 16; }
+  __device__ int32_t tile_start(int t) const { return (t * kWarps + warp) * kWarpPixels; }
   __device__ int32_t row_of_sums(int t, int half) const { return tile_start(t) + half * 8 + lane / 4; }
 
   // Number of the pixel, in a batch of images `width` wide, that pixel i of a tile is; -1 if it is none.
@@ -308,10 +308,10 @@ class LowRankConvBlock {
 template <Dtype kDtype, int kRankPairs>
 constexpr int kResidentBlocks = kDtype != Dtype::kFloat32 && kRankPairs <= 4 ? 3 : 2;
 
-template <Dtype kDtype, int kRankPairs, bool kSpatial>
+template <Dtype kDtype, int kRankPairs, bool kSpatial, int kWarpTiles>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<kDtype, kRankPairs>)
     low_rank_conv_kernel(const __grid_constant__ LowRankConvLaunch launch) {
-  LowRankConvBlock<kDtype, kRankPairs, kSpatial>(launch).run();
+  LowRankConvBlock<kDtype, kRankPairs, kSpatial, kWarpTiles>(launch).run();
 }
 
 }  // namespace smoothk::cuda

@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 constexpr int64_t kItemBytes = 12 << 10;  // of v at a time, where a tap is not more: 64 to 96 mma a warp and barrier
 
+constexpr int64_t kMaxTilePixels = kWarpPixels * kThreads / 32 * kMaxWarpTiles;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
@@ -39,7 +41,8 @@ bool is_taken(const LowRankConvArguments& arguments) {
   for (auto [size, stride, kernel, dilation, pad] :
        {std::array{shape.out_height, shape.stride_h, shape.kernel_h, shape.dilation_h, shape.pad_h},
         std::array{shape.out_width, shape.stride_w, shape.kernel_w, shape.dilation_w, shape.pad_w}}) {
-    if (pad < 0 || pad > kMaxInt / 2 || (size + kTilePixels) * stride + kernel * dilation > kMaxInt / 2) return false;
+    if (pad < 0 || pad > kMaxInt / 2 || (size + kMaxTilePixels) * stride + kernel * dilation > kMaxInt / 2)
+      return false;
   }
   // So are those of pixels in a batch, of z and of the output; channels are counted in 64 bits.
   const int64_t columns = std::max(shape.out_width, shape.z_width());
@@ -85,12 +88,13 @@ bool covers_z(const LowRankConvShape& shape, const LowRankConvLaunch& launch) {
 }
 
 // Lays out the shared memory of a tile; false if it does not fit.
-bool set_shared(const LowRankConvArguments& arguments, int64_t shared_limit, LowRankConvLaunch& launch) {
+bool set_shared(const LowRankConvArguments& arguments, int64_t pixels, int64_t shared_limit,
+                LowRankConvLaunch& launch) {
   const int64_t pixel_bytes = arguments.shape.in_channels * bytes_of(arguments.dtype);
   const int64_t image_bytes = arguments.shape.height * arguments.shape.width * pixel_bytes;
   const int64_t halo = int64_t{launch.tile_n} * launch.halo_h * launch.halo_w;
   const int64_t rank_bytes = padded_rank(arguments.shape) * bytes_of(arguments.dtype);
-  const int64_t z_bytes = arguments.shape.spatial ? (kTilePixels + 1) * (rank_bytes + 16) : 0;
+  const int64_t z_bytes = arguments.shape.spatial ? (pixels + 1) * (rank_bytes + 16) : 0;
   const int64_t weights_at = divide_up(std::max(launch.input_slots * halo * kPixelBytes, z_bytes), 128) * 128;
   const int64_t offsets_at = weights_at + kStages * launch.weights_bytes;
   const int64_t shared_bytes = offsets_at + 4 * halo;
@@ -161,6 +165,26 @@ bool set_items(const LowRankConvShape& shape, Dtype dtype, LowRankConvLaunch& la
   return true;
 }
 
+// The cheapest tile of up to `pixels`: the work of a block is about that of `pixels`, whatever their number, and loads.
+bool set_best_tile(const LowRankConvArguments& arguments, int64_t pixels, int64_t shared_limit,
+                   LowRankConvLaunch& launch) {
+  LowRankConvLaunch best{};
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t most = pixels; most > 0; most /= 2) {
+    for (int64_t widest = most; widest > 0; widest /= 2) {
+      const int64_t tile_w = divide_up(arguments.shape.out_width, divide_up(arguments.shape.out_width, widest));
+      if (!set_tile(arguments.shape, tile_w, most, launch)) continue;
+      if (!set_shared(arguments, pixels, shared_limit, launch) || launch.blocks > kMaxInt) continue;
+      if (arguments.z && !covers_z(arguments.shape, launch)) continue;
+      const int64_t cost = launch.blocks * (2 * pixels + int64_t{launch.tile_n} * launch.halo_h * launch.halo_w);
+      if (cost < best_cost) best = launch, best_cost = cost;
+    }
+  }
+  launch = best;
+  launch.warp_tiles = static_cast<int32_t>(kMaxWarpTiles * pixels / kMaxTilePixels);
+  return best.blocks > 0;
+}
+
 }  // namespace
 
 int64_t low_rank_conv_packed_v_size(const LowRankConvShape& shape, Dtype dtype) {
@@ -175,29 +199,20 @@ int64_t low_rank_conv_packed_size(const LowRankConvShape& shape, Dtype dtype) {
          divide_up(shape.out_channels, chunk) * chunk * taps * padded_rank(shape);
 }
 
-bool plan_low_rank_conv(const LowRankConvArguments& arguments, const void* packed, int64_t shared_limit,
+bool plan_low_rank_conv(const LowRankConvArguments& arguments, const void* packed, const Device& device,
                         LowRankConvLaunch& launch) {
   const LowRankConvShape& shape = arguments.shape;
-  const Dtype dtype = arguments.dtype;
   launch = {};
-  if (!is_taken(arguments) || !aligned(packed, 16) || !set_items(shape, dtype, launch)) return false;
-  // The cheapest tile: a block's work is about that of kTilePixels, whatever their number, and its loads.
-  LowRankConvLaunch best{};
-  int64_t best_cost = std::numeric_limits<int64_t>::max();
-  for (int64_t pixels = kTilePixels; pixels > 0; pixels /= 2) {
-    for (int64_t widest = pixels; widest > 0; widest /= 2) {
-      const int64_t tile_w = divide_up(shape.out_width, divide_up(shape.out_width, widest));
-      if (!set_tile(shape, tile_w, pixels, launch) || !set_shared(arguments, shared_limit, launch)) continue;
-      if (arguments.z && !covers_z(shape, launch)) continue;
-      const int64_t halo = int64_t{launch.tile_n} * launch.halo_h * launch.halo_w;
-      const int64_t cost = launch.blocks * (2 * kTilePixels + halo);
-      if (cost < best_cost && launch.blocks <= kMaxInt) best = launch, best_cost = cost;
-    }
-  }
-  if (best.blocks == 0) return false;
-  launch = best;
+  if (!is_taken(arguments) || !aligned(packed, 16) || !set_items(shape, arguments.dtype, launch)) return false;
   set_shape(shape, launch);
   set_tensors(arguments, packed, launch);
+  LowRankConvLaunch half = launch;
+  if (!set_best_tile(arguments, kMaxTilePixels, device.shared_limit, launch)) return false;
+  // Smaller blocks load more weights in all, but leave no multiprocessor without work.
+  if (launch.blocks < device.multiprocessors &&
+      set_best_tile(arguments, kMaxTilePixels / 2, device.shared_limit, half)) {
+    launch = half;
+  }
   return true;
 }
 

@@ -37,7 +37,7 @@ struct dim3 {
 
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = struct Stream*;
 
 struct cudaLaunchConfig_t {
@@ -47,12 +47,13 @@ struct cudaLaunchConfig_t {
 };
 
 inline std::string emulation_error;
-inline int emulated_shared_limit = emulation::kSharedBytes;
+inline int emulated_multiprocessors = 1, emulated_shared_limit = emulation::kSharedBytes;
 
 inline const char* cudaGetErrorString(cudaError_t) { return emulation_error.c_str(); }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = emulated_shared_limit, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors : emulated_shared_limit;
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {

@@ -37,20 +37,22 @@ const char* low_rank_conv_pack(const int64_t* sizes, int dtype, const void* v, c
 }
 
 const char* low_rank_conv(const int64_t* sizes, int dtype, const void* input, const void* packed, const void* bias,
-                          const void* residual, bool relu, void* output, void* z, int shared_limit) {
+                          const void* residual, bool relu, void* output, void* z, int multiprocessors,
+                          int shared_limit) {
   LowRankConvArguments arguments = make_arguments(sizes, dtype);
   arguments.input = input, arguments.bias = bias, arguments.residual = residual;
   arguments.relu = relu, arguments.output = output, arguments.z = z;
-  emulated_shared_limit = shared_limit;
+  emulated_multiprocessors = multiprocessors, emulated_shared_limit = shared_limit;
   return cuda::low_rank_conv(arguments, packed, nullptr);
 }
 
 // Writes images, rows and columns of a tile, blocks and bytes of shared memory.
-bool low_rank_conv_plan(const int64_t* sizes, int dtype, bool with_z, int64_t shared_limit, int64_t* result) {
+bool low_rank_conv_plan(const int64_t* sizes, int dtype, bool with_z, int64_t multiprocessors, int64_t shared_limit,
+                        int64_t* result) {
   LowRankConvArguments arguments = make_arguments(sizes, dtype);
   if (with_z) arguments.z = &arguments;
   cuda::LowRankConvLaunch launch;
-  if (!cuda::plan_low_rank_conv(arguments, nullptr, shared_limit, launch)) return false;
+  if (!cuda::plan_low_rank_conv(arguments, nullptr, {multiprocessors, shared_limit}, launch)) return false;
   const int64_t found[] = {launch.tile_n, launch.tile_h, launch.tile_w, launch.blocks, launch.shared_bytes};
   std::copy(std::begin(found), std::end(found), result);
   return true;
