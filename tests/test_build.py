@@ -120,6 +120,31 @@ def test_cuda_is_refused_without_touching_an_earlier_build(checkout: Path) -> No
     assert module.read_bytes() == b"an earlier build"
 
 
+@pytest.mark.parametrize(
+    ("release", "architectures", "reason"),
+    [
+        ("12.4", "", "torch 2.11.0+cu130 wants nvcc 13.0, and {nvcc} is of another release"),
+        ("13.0", "newest", "TORCH_CUDA_ARCH_LIST must be numbers such as '8.0;9.0+PTX', got newest"),
+    ],
+)
+def test_cuda_that_cannot_be_compiled(
+    checkout: Path, release: str, architectures: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "torch").mkdir()
+    (checkout / "torch" / "__init__.py").write_text(
+        "from types import SimpleNamespace\n__version__, version = '2.11.0+cu130', SimpleNamespace(cuda='13.0')\n"
+    )
+    nvcc = checkout / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\necho compute_90\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    monkeypatch.setenv("PYTHONPATH", str(checkout), prepend=os.pathsep)
+    done = setup_py(checkout, "build_ext", "--inplace", mode="cuda")
+    assert done.returncode != 0
+    assert done.stderr.endswith(f"smoothk: SMOOTHK_BUILD=cuda cannot be built: {reason.format(nvcc=nvcc)}\n")
+
+
 def test_none_removes_an_earlier_build(checkout: Path) -> None:
     modules = [checkout / "smoothk" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_C_cuda")]
     for module in modules:
