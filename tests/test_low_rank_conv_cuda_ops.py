@@ -1,15 +1,20 @@
-"""The CUDA operators of the low-rank convolution, with the emulated kernels in the place of a GPU's."""
+"""The CUDA operators of the low-rank convolution: on a GPU where there is one, and with the emulated kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_rel
-from emulated_cuda import Emulator
+from emulated_cuda import Sizes
+from test_low_rank_conv_cuda import CASES, PRECISION, run
 from torch import Tensor
+
+from smoothk.backend import unavailable_reason
 
 SCHEMAS = (
     "low_rank_conv_pack(Tensor v, Tensor u, int groups) -> Tensor",
@@ -22,17 +27,41 @@ V_SPATIAL, U_SPATIAL = (24, 16, 3, 1), (20, 24, 1, 3)
 INPUT, OUTPUT = (2, 16, 6, 7), (2, 20, 6, 7)
 
 
-@pytest.fixture(scope="module")
-def ops(emulator: Emulator) -> object:
+@dataclass(frozen=True)
+class Ops:
+    """Operators and where their tensors have to be."""
+
+    namespace: Any
+    device: str
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """An operator, for tensors on the CPU."""
+
+        def run(*arguments: Any) -> Any:
+            moved = [each.to(self.device) if isinstance(each, Tensor) else each for each in arguments]
+            result = getattr(self.namespace, name)(*moved)
+            return result.cpu() if isinstance(result, Tensor) else tuple(each.cpu() for each in result)
+
+        return run
+
+
+@pytest.fixture(scope="module", params=["emulated", "cuda"])
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    if request.param == "cuda":
+        if unavailable_reason("cuda") is not None:
+            pytest.skip(str(unavailable_reason("cuda")))
+        yield Ops(torch.ops.smoothk, "cuda")
+        return
+    request.getfixturevalue("emulator")
     library = torch.library.Library("smoothk_emulated", "FRAGMENT")
     for schema in SCHEMAS:
         library.define(schema)
-    yield torch.ops.smoothk_emulated
+    yield Ops(torch.ops.smoothk_emulated, "cpu")
     library._destroy()
 
 
 def call(
-    ops: object,
+    ops: Ops,
     x: Tensor,
     v: Tensor,
     u: Tensor,
@@ -77,7 +106,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shapes", [(V, U), (V_SPATIAL, U_SPATIAL)], ids=["channel", "spatial"])
-def test_values_and_layouts(shapes: tuple, dtype: torch.dtype, ops: object) -> None:
+def test_values_and_layouts(shapes: tuple, dtype: torch.dtype, ops: Ops) -> None:
     x, v, u, bias = (random(*size, dtype=dtype) for size in (INPUT, *shapes, (20,)))
     precision = torch.float16 if dtype == torch.float32 else dtype
     y, z = call(ops, x, v / 12, u / 5, bias)
@@ -90,7 +119,7 @@ def test_values_and_layouts(shapes: tuple, dtype: torch.dtype, ops: object) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_inputs_of_any_layout(layout: str, ops: object) -> None:
+def test_inputs_of_any_layout(layout: str, ops: Ops) -> None:
     arrange = LAYOUTS[layout]
     x, v, u, residual = (
         arrange(random(*INPUT)),
@@ -104,12 +133,12 @@ def test_inputs_of_any_layout(layout: str, ops: object) -> None:
         assert_close_rel(actual, correct, torch.bfloat16)
 
 
-def test_an_empty_batch(ops: object) -> None:
+def test_an_empty_batch(ops: Ops) -> None:
     y, z = call(ops, random(0, *INPUT[1:]), random(*V), random(*U))
     assert y.shape == (0, 20, 6, 7) and z.shape == (0, 24, 6, 7)
 
 
-def test_what_would_read_outside_of_memory_is_refused(ops: object) -> None:
+def test_what_would_read_outside_of_memory_is_refused(ops: Ops) -> None:
     x, v, u = random(*INPUT), random(*V), random(*U)
     packed = ops.low_rank_conv_pack(v, u, 1)
     for message, change in {
@@ -127,3 +156,49 @@ def test_what_would_read_outside_of_memory_is_refused(ops: object) -> None:
             call(ops, **{"x": x, "v": v, "u": u, **change})
     with pytest.raises(RuntimeError, match="u must be on the input's device, of its dtype"):
         ops.low_rank_conv_pack(v, u.float(), 1)
+
+
+def test_the_case_table_of_the_emulation(ops: Ops) -> None:
+    """All of it on a GPU."""
+    for case in CASES if ops.device == "cuda" else CASES[::12]:
+        output, z, expected, expected_z = run(ByOperator(ops), case)
+        assert_close_rel(output, expected, PRECISION[case.dtype])
+        if case.with_z:
+            assert_close_rel(z, expected_z, PRECISION[case.dtype])
+
+
+@dataclass(frozen=True)
+class ByOperator:
+    """In the place of an `emulated_cuda.Emulator`."""
+
+    ops: Ops
+
+    def pack(self, sizes: Sizes, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return v, u
+
+    def low_rank_conv(
+        self,
+        sizes: Sizes,
+        input: Tensor,
+        factors: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        output: Tensor,
+        z: Tensor | None,
+        *_: Any,
+    ) -> None:
+        shapes = [list(factor.shape) for factor in factors]
+        numbers = [
+            [sizes.stride_h, sizes.stride_w],
+            [sizes.pad_h, sizes.pad_w],
+            [sizes.dilation_h, sizes.dilation_w],
+            [sizes.out_height, sizes.out_width],
+        ]
+        packed = self.ops.low_rank_conv_pack(*factors, 1)
+        found, found_z = self.ops.low_rank_conv_fused(
+            input, packed, bias, residual, *shapes, *numbers, 1, relu, True, z is not None
+        )
+        output.copy_(found)
+        if z is not None:
+            z.copy_(found_z)
