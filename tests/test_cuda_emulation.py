@@ -101,7 +101,8 @@ def test_a_missing_step_of_an_asynchronous_copy_is_noticed(missing: str, reverse
 
 
 def test_accesses_outside_of_memory_are_errors(emulator: Emulator) -> None:
-    assert "outside of shared memory, block 0, thread 0" in call(emulator, "read_shared_at", 64)
+    for address in (64, -16):
+        assert "outside of shared memory, block 0, thread 0" in call(emulator, "read_shared_at", address)
     assert "misaligned access to shared memory" in call(emulator, "read_shared_at", 8)
     short = np.zeros(63 * 4 + 3, dtype=np.uint32)
     assert "outside of global memory, block 0, thread 63" in call(

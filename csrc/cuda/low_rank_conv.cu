@@ -10,7 +10,11 @@
 namespace smoothk::cuda {
 namespace {
 
-const char* message(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
+const char* message(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next check of somebody else finds it
+  return cudaGetErrorString(status);
+}
 
 template <class Kernel, class... Arguments>
 const char* launch_kernel(Kernel* kernel, int64_t blocks, int32_t shared_bytes, void* stream,

@@ -22,13 +22,14 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   uint4 value;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(from));
+               : "r"(from)
+               : "memory");
   return value;
 }
 
 __device__ __forceinline__ int32_t load_shared_int(uint32_t from) {
   int32_t value;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(from));
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
   return value;
 }
 

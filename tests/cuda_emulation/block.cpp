@@ -148,8 +148,9 @@ void check_global(const void* start, size_t bytes) {
 
 unsigned char* shared(uint32_t address, size_t bytes) {
   if (address % bytes != 0) fail("misaligned access to shared memory");
-  if (address + bytes > shared_size) fail("access outside of shared memory");
-  return smoothk::cuda::dynamic_shared + address;
+  const uint32_t offset = address - kSharedStart;
+  if (address < kSharedStart || offset + bytes > shared_size) fail("access outside of shared memory");
+  return smoothk::cuda::dynamic_shared + offset;
 }
 
 void barrier() {

@@ -16,6 +16,7 @@
 namespace emulation {
 
 constexpr int kWarpSize = 32;
+constexpr uint32_t kSharedStart = 1024;  // its first address: the driver has memory of its own below
 constexpr size_t kSharedBytes = 232448;  // the most that a block of sm_90 can have
 
 struct Index {

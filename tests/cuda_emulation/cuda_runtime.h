@@ -50,6 +50,7 @@ inline std::string emulation_error;
 inline int emulated_multiprocessors = 1, emulated_shared_limit = emulation::kSharedBytes;
 
 inline const char* cudaGetErrorString(cudaError_t) { return emulation_error.c_str(); }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors : emulated_shared_limit;

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx.cuh on the host. Shared memory starts at address 0.
+// The functions of csrc/cuda/ptx.cuh on the host.
 #pragma once
 
 #include <bit>
@@ -13,7 +13,7 @@ namespace smoothk::cuda {
 
 extern unsigned char dynamic_shared[emulation::kSharedBytes];
 
-inline uint32_t shared_address() { return 0; }
+inline uint32_t shared_address() { return emulation::kSharedStart; }
 
 template <class T>
 T read_shared(uint32_t from) {

@@ -32,14 +32,14 @@ const char* warp_mma(int kind, const uint32_t* a, const uint32_t* b, float* c) {
   });
 }
 
-// Copies `bytes` bytes to shared memory; lane i loads rows from address rows[i] into registers result [32, 4].
+// Copies `bytes` bytes to shared memory; lane i loads the row at byte rows[i] of it into registers result [32, 4].
 const char* warp_ldmatrix(const unsigned char* memory, size_t bytes, const uint32_t* rows, uint32_t* result) {
   return run(kWarp, bytes, [&] {
     const unsigned lane = threadIdx.x;
-    if (lane == 0) std::copy_n(memory, bytes, emulation::shared(0, bytes));
+    if (lane == 0) std::copy_n(memory, bytes, emulation::shared(shared_address(), 1));
     __syncthreads();
     uint32_t mine[4];
-    ldmatrix(mine, rows[lane]);
+    ldmatrix(mine, shared_address() + rows[lane]);
     std::copy_n(mine, 4, result + lane * 4);
   });
 }
@@ -55,18 +55,18 @@ uint32_t rounded(int kind, uint32_t bits) {
 const char* copy_to_neighbour(const uint32_t* memory, bool commit, bool wait, bool barrier, uint32_t* result) {
   return run(2 * kWarp, 2 * kWarp * 16, [&] {
     const unsigned me = threadIdx.x, neighbour = (me + 1) % (2 * kWarp);
-    cp_async(me * 16, memory + me * 4, true);
+    cp_async(shared_address() + me * 16, memory + me * 4, true);
     if (commit) cp_async_commit();
     if (wait) cp_async_wait<0>();
     if (barrier) __syncthreads();
-    const uint4 found = load_shared(neighbour * 16);
+    const uint4 found = load_shared(shared_address() + neighbour * 16);
     const uint32_t words[] = {found.x, found.y, found.z, found.w};
     std::copy_n(words, 4, result + me * 4);
   });
 }
 
-const char* read_shared_at(uint32_t address) {
-  return run(kWarp, 64, [&] { load_shared(address); });
+const char* read_shared_at(int32_t address) {
+  return run(kWarp, 64, [&] { load_shared(shared_address() + address); });
 }
 
 const char* half_a_block_waits() {
