@@ -25,7 +25,7 @@ int64_t packed_size(const Ints& v, const Ints& u, int64_t groups, const std::str
 
 int64_t blocks(const Ints& v, const Ints& u, const Ints& input, const Ints& stride, const Ints& padding,
                const Ints& dilation, const Ints& output_size, int64_t groups, const std::string& dtype, bool with_z,
-               int64_t multiprocessors) {
+               int64_t multiprocessors, int64_t shared_limit) {
   smoothk::LowRankConvArguments arguments;
   arguments.shape = smoothk::cuda::conv_shape(v, u, groups, input, stride, padding, dilation, output_size);
   arguments.dtype = dtype_of(dtype);
@@ -33,8 +33,7 @@ int64_t blocks(const Ints& v, const Ints& u, const Ints& input, const Ints& stri
   alignas(16) static char aligned[16];
   if (with_z) arguments.z = aligned;
   smoothk::cuda::LowRankConvLaunch launch;
-  const bool taken =
-      smoothk::cuda::plan_low_rank_conv(arguments, nullptr, {multiprocessors, smoothk::cuda::kLeastShared}, launch);
+  const bool taken = smoothk::cuda::plan_low_rank_conv(arguments, nullptr, {multiprocessors, shared_limit}, launch);
   return taken ? launch.blocks : 0;
 }
 
@@ -44,6 +43,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of smoothk";
   m.attr("architectures") = SMOOTHK_CUDA_ARCHITECTURES;
   m.def("low_rank_conv_packed_size", &packed_size, "Entries of the packed form of factors of these shapes.");
-  m.def("low_rank_conv_blocks", &blocks,
-        "Thread blocks of a convolution of these shapes, channels last; 0 where the kernel does not take it.");
+  m.def(
+      "low_rank_conv_blocks", &blocks,
+      "Thread blocks of a convolution of these shapes, channels last, on a GPU of so many multiprocessors and bytes of "
+      "shared memory a block; 0 where the kernel does not take it.");
 }

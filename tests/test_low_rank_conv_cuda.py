@@ -204,6 +204,7 @@ def test_what_the_kernel_does_not_take(emulator: Emulator) -> None:
     assert not taken(replace(case, kernel=(200, 200), pad=(100, 100)))  # no tile's halo fits
     assert not taken(replace(case, pad=(2**31, 1))) and not taken(case, pad_h=-1)
     assert not taken(replace(case, spatial=True, kernel=(1, 129), image=(1, 200), pad=(0, 0)))  # z of a pixel does not
+    assert not taken(replace(case, spatial=True, kernel=(1, 5000), pad=(0, 2500)))
     uncovered = replace(case, spatial=True, kernel=(3, 1), stride=(1, 4), image=(3, 150))
     assert not taken(uncovered) and taken(replace(uncovered, with_z=False))
     assert not taken(case, height=2**15, width=2**15, in_channels=64)  # 16-byte offsets in 32 bits

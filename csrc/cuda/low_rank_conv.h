@@ -13,13 +13,11 @@ constexpr int kStages = 3;       // of the ring buffer of weights
 constexpr int kSliceBytes = 64;  // of an input pixel in shared memory at a time: two operands deep
 constexpr int kPixelBytes = 80;  // its pitch: eight neighbours lie in different banks
 constexpr int kMaxRank = 128;
+constexpr int kMaxTaps = 1 << 12;
 
 // Output channels that a block computes at a time: what fits in registers.
 template <Dtype kDtype>
 constexpr int kOutputChunk = kDtype == Dtype::kFloat32 ? 32 : 64;
-
-// What a block of any GPU from sm_80 on can have of shared memory.
-constexpr int64_t kLeastShared = 99 << 10;
 
 inline LowRankConvShape conv_shape(const std::vector<int64_t>& v, const std::vector<int64_t>& u, int64_t groups,
                                    const std::vector<int64_t>& input, const std::vector<int64_t>& stride,
@@ -44,7 +42,7 @@ struct LowRankConvLaunch {
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int32_t first_kernel_w, second_kernel_w;  // of the first convolution and, in the spatial scheme, of the second
   int32_t tile_n, tile_h, tile_w, tiles_h, tiles_w;
-  int32_t warp_tiles;      // kernel: 16 pixels a warp and item of weights, or 32, which halves the weights' traffic
+  int32_t warp_tiles;      // times kWarpPixels that a warp has: the more, the fewer blocks load all the weights
   int32_t z_tile_w;        // columns of z that the block computes; tile_w in the channel scheme
   int32_t halo_h, halo_w;  // rows and columns of the input that it reads of an image
   int32_t slices, taps, taps_per_item, items_per_slice, chunks;

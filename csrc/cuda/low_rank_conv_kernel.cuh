@@ -26,9 +26,9 @@ class LowRankConvBlock {
   static constexpr int kChunkBytes = kRankPairs * kPairDepths * kChunkPairs * kPairBytes;  // of one tap of u
   static constexpr int kZBytes = kRankPairs * kPair * sizeof(Element) + 16;  // pitch: eight rows in different banks
 
+  // C of 16 pixels by 16 * kPairs channels, for each of the warp's tiles.
   template <int kPairs>
-  using Sums =
-      float[kWarpTiles][2 * kPairs][4];  // C of 16 pixels by 16 * kPairs channels, for each of the warp's tiles
+  using Sums = float[kWarpTiles][2 * kPairs][4];
 
  public:
   __device__ explicit LowRankConvBlock(const LowRankConvLaunch& launch) : p(launch) {

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 constexpr int64_t kItemBytes = 12 << 10;  // of v at a time, where a tap is not more: 64 to 96 mma a warp and barrier
-
 constexpr int64_t kMaxTilePixels = kWarpPixels * kThreads / 32 * kMaxWarpTiles;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,12 +40,14 @@ bool is_taken(const LowRankConvArguments& arguments) {
   for (auto [size, stride, kernel, dilation, pad] :
        {std::array{shape.out_height, shape.stride_h, shape.kernel_h, shape.dilation_h, shape.pad_h},
         std::array{shape.out_width, shape.stride_w, shape.kernel_w, shape.dilation_w, shape.pad_w}}) {
-    if (pad < 0 || pad > kMaxInt / 2 || (size + kMaxTilePixels) * stride + kernel * dilation > kMaxInt / 2)
+    if (pad < 0 || pad > kMaxInt / 2 || (size + kMaxTilePixels) * stride + kernel * dilation > kMaxInt / 2) {
       return false;
+    }
   }
   // So are those of pixels in a batch, of z and of the output; channels are counted in 64 bits.
   const int64_t columns = std::max(shape.out_width, shape.z_width());
-  return shape.rank <= kMaxRank && shape.batch <= kMaxInt / shape.out_height / columns;
+  return shape.rank <= kMaxRank && shape.kernel_h * shape.kernel_w <= kMaxTaps &&
+         shape.batch <= kMaxInt / shape.out_height / columns;
 }
 
 // Tiles of `tile_w` columns and of as many rows and images as make no more than `pixels`; false if that is none.
