@@ -88,6 +88,8 @@ def cuda_architectures(nvcc: str) -> str:
         numbers = [name.replace(".", "").removesuffix("+PTX") + "+PTX" * name.endswith("+PTX") for name in asked]
     elif numbers:
         numbers[-1] += "+PTX"
+    if not numbers:
+        raise CannotBuild(f"{nvcc} compiles for none of 8.0, 9.0 and 10.0; name others in TORCH_CUDA_ARCH_LIST")
     if not all(re.fullmatch(r"\d+[af]?(\+PTX)?", number) for number in numbers):
         raise CannotBuild(f"TORCH_CUDA_ARCH_LIST must be numbers such as '8.0;9.0+PTX', got {' '.join(asked)}")
     return ";".join(number.removesuffix("+PTX") + "-real" * ("+PTX" not in number) for number in numbers)
@@ -112,7 +114,7 @@ def cuda_options() -> list[str]:
     ]
 
 
-def cmake_build(module: Path, debug: bool, options: tuple[str, ...] = ()) -> str:
+def cmake_build(module: Path, debug: bool, options: tuple[str, ...] = ("-DSMOOTHK_CUDA=OFF",)) -> str:
     """Compile and copy the result to ``module``; returns the version of the torch it was built against."""
     check_tools()
     torch = find_torch()

@@ -16,11 +16,9 @@ const char* message(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-template <class Kernel, class... Arguments>
-const char* launch_kernel(Kernel* kernel, int64_t blocks, int32_t shared_bytes, void* stream,
+template <class Function, class... Arguments>
+const char* launch_kernel(Function* kernel, int64_t blocks, int32_t shared_bytes, void* stream,
                           const Arguments&... arguments) {
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess) return message(status);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
@@ -76,7 +74,12 @@ const char* low_rank_conv(const LowRankConvArguments& arguments, const void* pac
   if (const char* failure = current_device(device)) return failure;
   LowRankConvLaunch launch;
   if (!plan_low_rank_conv(arguments, packed, device, launch)) return "the kernel does not take this case";
-  return launch_kernel(kernel_for(arguments, launch), launch.blocks, launch.shared_bytes, stream, launch);
+  const Kernel kernel = kernel_for(arguments, launch);
+  // All there is, whatever this launch needs: the attribute is the kernel's, and other threads launch it too.
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_limit));
+  if (status != cudaSuccess) return message(status);
+  return launch_kernel(kernel, launch.blocks, launch.shared_bytes, stream, launch);
 }
 
 const char* low_rank_conv_pack(const LowRankConvShape& shape, Dtype dtype, const void* v, const void* u, void* packed,
