@@ -16,10 +16,10 @@ namespace smoothk::cpu {
 namespace {
 
 constexpr int64_t kBandBytes = 384 << 10;  // of the input: half an L2 cache is left for weights and output
-constexpr int64_t kPanelBytes = 32 << 10;  // of weights, that stay in L1
+constexpr int64_t kStepBytes = 32 << 10;   // of weights or planes, that stay in L1
 constexpr int64_t kGrain = 256 << 10;      // multiplications that pay for a thread
-constexpr int64_t kOutPixels = 48;         // of the output that are rearranged at once
-constexpr int64_t kSlices = 4;             // that the depth is divided into where weights are read once
+constexpr int64_t kSlices = 4;             // of the depth, where each weight is read by one thread
+constexpr int64_t kMostTaps = 49;          // of planes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -120,181 +120,238 @@ class Forward {
  public:
   Forward(const LowRankConvArguments& arguments, const float* packed)
       : a_(arguments), s_(arguments.shape), packed_(packed), first_(first_factor(s_)), second_(second_factor(s_)) {
-    const int64_t reach_h = (s_.kernel_h - 1) * s_.dilation_h + 1, reach_w = (kernel_w_ - 1) * dilation_w_ + 1;
-    const int64_t span_h = (s_.out_height - 1) * s_.stride_h + reach_h;
-    span_w_ = (s_.z_width() - 1) * stride_w_ + reach_w;
-    in_place_ = a_.dtype == Dtype::kFloat32 && a_.input_layout == Layout::kChannelsLast && s_.pad_h == 0 &&
-                pad_w_ == 0 && span_h <= s_.height && span_w_ <= s_.width;
+    const int64_t span_h = (s_.out_height - 1) * s_.stride_h + reach_h_;
+    in_place_ = a_.dtype == Dtype::kFloat32 && input_layout_ == Layout::kChannelsLast && s_.pad_h == 0 && pad_w_ == 0 &&
+                span_h <= s_.height && span_w_ <= s_.width;
     // Of the rows between those that a kernel of height 1 reads no copy is made.
     row_step_ = s_.kernel_h == 1 && !in_place_ ? s_.stride_h : 1;
     row_stride_ = s_.stride_h / row_step_;
-    reach_h_ = reach_h;
     pixel_pitch_ = in_place_ ? s_.groups * s_.in_channels : s_.in_channels;
     row_pitch_ = (in_place_ ? s_.width : span_w_) * pixel_pitch_;
 
     const bool merged = dilation_w_ == 1 && pixel_pitch_ == s_.in_channels;  // taps side by side are one run
     taps_per_run_ = merged ? kernel_w_ : 1;
     runs_ = first_.taps / taps_per_run_;
-    run_length_ = taps_per_run_ * s_.in_channels;
-    const int64_t panels = std::clamp<int64_t>(ceil_div(s_.rank, kPanel), 1, 3);
-    const int64_t most = kPanelBytes / (panels * kPanel * sizeof(float));
+    run_length_ = std::max<int64_t>(taps_per_run_ * s_.in_channels, 1);
+    const int64_t panels = std::clamp<int64_t>(ceil_div(s_.rank, kPanel), 1, 4);
+    const int64_t most = kStepBytes / (panels * kPanel * static_cast<int64_t>(sizeof(float)));
     pieces_ = ceil_div(run_length_, most);
-    piece_length_ = ceil_div(run_length_, std::max<int64_t>(pieces_, 1));
-    runs_per_step_ = pieces_ > 1 ? 1 : std::max<int64_t>(1, most / std::max<int64_t>(run_length_, 1));
-    steps_ = pieces_ > 1 ? runs_ * pieces_ : ceil_div(runs_, runs_per_step_);
+    piece_length_ = ceil_div(run_length_, pieces_);
+    runs_per_step_ = pieces_ > 1 ? 1 : most / run_length_;
+    steps_ = ceil_div(runs_ * pieces_, runs_per_step_);
+
+    planes_out_ = !s_.spatial && output_layout_ == Layout::kChannelsFirst;
+    planes_in_ = planes_out_ && prefers_planes();
+    slices_ = !planes_in_ && splits_weights() ? kSlices : 1;
   }
 
   void operator()(const ParallelFor& parallel_for) {
-    const int64_t rows = s_.batch * s_.out_height;
-    if (rows == 0 || s_.out_width == 0 || s_.groups * s_.out_channels == 0) return;
-    const int64_t bias_size = s_.groups * padded(s_.out_channels);
-    const bool by_weights = splits_weights();
-    const int64_t slices = std::min(kSlices, steps_), z_size = rows * s_.z_width() * z_pitch();
-    shared_scratch.reserve(Scratch::bytes<float>(bias_size) +
-                           (by_weights ? Scratch::bytes<float>(s_.groups * slices * z_size) : 0));
+    if (out_pixels(rows_) == 0 || all_channels() == 0) return;
+    const int64_t bias_size = a_.bias ? s_.groups * padded(s_.out_channels) : 0;
+    const int64_t partial_size = slices_ > 1 ? s_.groups * slices_ * z_size(rows_) : 0;
+    shared_scratch.reserve(Scratch::bytes<float>(bias_size) + Scratch::bytes<float>(partial_size));
     if (a_.bias) widen_bias(shared_scratch.take<float>(bias_size));
-    if (!by_weights) {
-      const int64_t work = s_.z_width() * s_.rank * first_.depth() + s_.out_width * s_.out_channels * second_.depth();
-      parallel_for(s_.groups * rows, ceil_div(kGrain, work + 1), [this, rows](int64_t begin, int64_t end) {
-        for (int64_t group = begin / rows; begin < end; ++group) {
-          const int64_t stop = std::min(end, (group + 1) * rows);
-          run_bands(group, begin - group * rows, stop - group * rows);
-          begin = stop;
-        }
-      });
-      return;
+    partial_ = shared_scratch.take<float>(partial_size);
+    const int64_t first_work = z_pixels(1) * s_.rank * first_.depth();
+    const int64_t second_work = out_pixels(1) * s_.out_channels * second_.depth();
+    if (slices_ == 1) {
+      const int64_t grain = ceil_div(kGrain, first_work + second_work + 1);
+      return parallel_for(s_.groups * rows_, grain, [this](int64_t begin, int64_t end) { run_rows(begin, end); });
     }
-    slices_ = slices;
-    partial_ = shared_scratch.take<float>(s_.groups * slices * z_size);
-    const int64_t panels = ceil_div(s_.rank, kPanel), out_panels = ceil_div(s_.out_channels, kPanel);
-    const int64_t pixels = rows * s_.z_width();
-    parallel_for(s_.groups * slices * panels, ceil_div(kGrain, pixels * first_.depth() * kPanel / slices + 1),
+    const int64_t parts = slices_ * ceil_div(s_.rank, kPanel), out_panels = ceil_div(s_.out_channels, kPanel);
+    parallel_for(s_.groups * parts, ceil_div(kGrain * parts, rows_ * first_work),
                  [this](int64_t begin, int64_t end) { run_slices(begin, end); });
-    parallel_for(s_.groups * out_panels, ceil_div(kGrain, pixels * second_.depth() * kPanel + 1),
+    parallel_for(s_.groups * out_panels, ceil_div(kGrain * out_panels, rows_ * second_work),
                  [this](int64_t begin, int64_t end) { run_columns(begin, end); });
   }
 
  private:
+  // What a thread works on.
+  struct Buffers {
+    const float** table;   // where rows of a PixelProduct start
+    float* band;           // of the input
+    float* widened;        // a row of it
+    float* z;              // of pixels or planes
+    float* blocks;         // z once more, by blocks of pixels: [block][rank][block_]
+    float *sums, *turned;  // a block of the output
+  };
+
   int64_t z_pitch() const { return padded(s_.rank); }
+  int64_t z_pixels(int64_t rows) const { return rows * s_.z_width(); }
+  int64_t z_size(int64_t rows) const { return z_pixels(rows) * z_pitch(); }
+  int64_t out_pixels(int64_t rows) const { return rows * s_.out_width; }
+  int64_t out_plane() const { return s_.out_height * s_.out_width; }
+  int64_t all_channels() const { return s_.groups * s_.out_channels; }
   const float* first_weights(int64_t group) const { return packed_ + group * (first_.size() + second_.size()); }
   const float* second_weights(int64_t group) const { return first_weights(group) + first_.size(); }
+  const float* bias_of(int64_t group, int64_t column) const {
+    return bias_ ? bias_ + group * padded(s_.out_channels) + column : nullptr;
+  }
+
+  // Rows of the input that so many rows of an image read.
+  int64_t read_rows(int64_t rows) const { return (rows - 1) * row_stride_ + reach_h_; }
+  int64_t band_size(int64_t rows) const {
+    if (in_place_) return 0;
+    const int64_t images = std::min(rows, (rows - 1) / s_.out_height + 2);
+    return ((rows - images) * row_stride_ + images * reach_h_) * row_pitch_;
+  }
+
+  bool one_tap() const {
+    return first_.taps == 1 && s_.pad_h == 0 && pad_w_ == 0 && s_.out_height == s_.height && s_.out_width == s_.width;
+  }
+  // A row of a plane, with the zeros after it that taps outside read: they are also those before the next.
+  int64_t plane_row() const {
+    return one_tap() ? s_.width : std::min(span_w_, s_.width + std::max(pad_w_, span_w_ - pad_w_ - s_.width));
+  }
+  int64_t flat_size(int64_t rows) const { return (rows - 1) * plane_row() + s_.out_width; }
+  // Of an odd number of cache lines, so that planes do not compete for the same places in the cache.
+  int64_t plane_pitch(int64_t rows) const {
+    return one_tap() ? block_
+                     : ceil_div((read_rows(rows) + 1) * plane_row() + block_, 2 * kPanel) * 2 * kPanel + kPanel;
+  }
+
+  // Estimates both ways: tiles of one panel wait for loads, and so do vectors that are not aligned.
+  bool prefers_planes() const {
+    if (input_layout_ != Layout::kChannelsFirst || s_.stride_h != 1 || s_.stride_w != 1) return false;
+    const double by_pixels = static_cast<double>(out_plane() * z_pitch()) * (s_.rank <= kPanel ? 2.0 : 1.1);
+    const double by_planes = static_cast<double>(s_.rank * padded(flat_size(s_.out_height))) * (one_tap() ? 1 : 1.25);
+    return first_.taps <= kMostTaps && by_planes < by_pixels;
+  }
 
   // Where there are few pixels, reading the weights takes the time: each thread reads its part.
   bool splits_weights() const {
-    const int64_t rows = s_.batch * s_.out_height, weights = first_.size() * sizeof(float);
-    const int64_t band = band_size(rows) * sizeof(float);
-    return weights > kBandBytes && band <= kBandBytes && weights > 2 * band;
+    const int64_t weights = first_.size() * sizeof(float), band = band_size(rows_) * sizeof(float);
+    return rows_ > 0 && steps_ >= kSlices && weights > kBandBytes && band <= kBandBytes && weights > 2 * band;
   }
 
   void widen_bias(float* bias) {
     const int64_t pitch = padded(s_.out_channels);
-    for (int64_t g = 0; g < s_.groups; ++g) {
-      kernels.widen(a_.dtype, advance(a_.bias, a_.dtype, g * s_.out_channels), bias + g * pitch, s_.out_channels);
-      std::fill(bias + g * pitch + s_.out_channels, bias + (g + 1) * pitch, 0.0f);
-    }
+    std::fill_n(bias, s_.groups * pitch, 0.0f);
+    kernels.widen(a_.dtype, a_.bias, s_.out_channels, bias, pitch, s_.groups, s_.out_channels);
     bias_ = bias;
   }
 
-  // Rows of the input that some rows of an image need, and at most those that `rows` rows of several images need.
-  int64_t copied_rows(int64_t rows) const { return (rows - 1) * row_stride_ + reach_h_; }
-  int64_t band_size(int64_t rows) const {
-    if (in_place_) return 0;
-    const int64_t images = std::min(rows, (rows - 1) / s_.out_height + 2);
-    return ((rows - images) * row_stride_ + images * reach_h_ + images) * row_pitch_;
+  Buffers buffers(int64_t rows) const {
+    const bool widens = a_.dtype != Dtype::kFloat32 && input_layout_ == Layout::kChannelsFirst && !planes_in_;
+    const int64_t table = planes_in_ ? 0 : std::max(runs_ * z_pixels(rows), second_.taps * out_pixels(rows));
+    const int64_t band = planes_in_ ? s_.in_channels * plane_pitch(rows) : band_size(rows);
+    const int64_t widened = widens ? s_.in_channels * s_.width : 0;
+    const int64_t z = planes_in_ ? s_.rank * padded(flat_size(rows) + block_) : z_size(rows) + z_pitch();
+    const int64_t blocks = planes_out_ ? (out_pixels(rows) + block_) * s_.rank : 0;
+    const int64_t sums = block_ * padded(s_.out_channels),
+                  turned = block_ * std::max(padded(s_.out_channels), z_pitch());
+    Scratch& scratch = own_scratch;
+    scratch.reserve(Scratch::bytes<const float*>(table) + Scratch::bytes<float>(band) + Scratch::bytes<float>(widened) +
+                    Scratch::bytes<float>(z) + Scratch::bytes<float>(blocks) + Scratch::bytes<float>(sums) +
+                    Scratch::bytes<float>(turned));
+    return {scratch.take<const float*>(table), scratch.take<float>(band),
+            scratch.take<float>(widened),      scratch.take<float>(z),
+            scratch.take<float>(blocks),       scratch.take<float>(sums),
+            scratch.take<float>(turned)};
   }
-  int64_t widened_size() const {
-    const bool needed = a_.dtype != Dtype::kFloat32 && a_.input_layout == Layout::kChannelsFirst && !in_place_;
-    return needed ? s_.in_channels * s_.width : 0;
-  }
-  int64_t out_block_size() const { return kOutPixels * padded(s_.out_channels); }
 
-  void run_bands(int64_t group, int64_t begin, int64_t end) {
-    const int64_t row_bytes =
-        (row_stride_ * row_pitch_ + s_.z_width() * z_pitch()) * static_cast<int64_t>(sizeof(float));
+  void run_rows(int64_t begin, int64_t end) {
+    for (int64_t group = begin / rows_, stop; begin < end; ++group, begin = stop) {
+      stop = std::min(end, (group + 1) * rows_);
+      const auto run = planes_in_ ? &Forward::run_planes : &Forward::run_pixels;
+      (this->*run)(group, begin - group * rows_, stop - group * rows_);
+    }
+  }
+
+  // Both convolutions of rows [begin, end), band by band.
+  void run_pixels(int64_t group, int64_t begin, int64_t end) {
+    const int64_t row_bytes = (row_stride_ * row_pitch_ + z_size(1)) * static_cast<int64_t>(sizeof(float));
     int64_t most = std::max<int64_t>(1, kBandBytes / std::max<int64_t>(row_bytes, 1));
     if (most > s_.out_height) most -= most % s_.out_height;
-    const int64_t bands = ceil_div(end - begin, most), rows = ceil_div(end - begin, bands);
-    const int64_t pixels = rows * s_.z_width(), out_pixels = rows * s_.out_width;
-    const int64_t table_size = std::max(runs_ * pixels, second_.taps * out_pixels);
-    Scratch& scratch = own_scratch;
-    scratch.reserve(Scratch::bytes<const float*>(table_size) + Scratch::bytes<float>(band_size(rows)) +
-                    Scratch::bytes<float>(widened_size()) + Scratch::bytes<float>((pixels + 1) * z_pitch()) +
-                    2 * Scratch::bytes<float>(out_block_size()));
-    const auto table = scratch.take<const float*>(table_size);
-    const auto band = scratch.take<float>(band_size(rows)), widened = scratch.take<float>(widened_size());
-    const auto z = scratch.take<float>((pixels + 1) * z_pitch());
-    const auto block = scratch.take<float>(out_block_size()), turned = scratch.take<float>(out_block_size());
+    const int64_t rows = ceil_div(end - begin, ceil_div(end - begin, most));
+    const Buffers b = buffers(rows);
     for (int64_t r = begin; r < end; r += rows) {
       const int64_t count = std::min(rows, end - r);
-      read_band(group, r, r + count, band, widened, table);
-      multiply_first(group, table, count * s_.z_width(), 0, steps_, 0, s_.rank, z);
-      if (a_.z) write_z(group, r, count, z);
-      point_to_z(count, z, table);
-      multiply_second(group, r * s_.out_width, count * s_.out_width, table, 0, s_.out_channels, block, turned);
+      read_band(group, r, r + count, b);
+      multiply_first(group, b.table, z_pixels(count), 0, steps_, 0, s_.rank, b.z);
+      finish_pixels(group, r, count, 0, s_.out_channels, b);
+    }
+  }
+
+  // The same with the input as planes, of one image at a time.
+  void run_planes(int64_t group, int64_t begin, int64_t end) {
+    const int64_t row_bytes = (s_.in_channels + s_.rank) * plane_row() * static_cast<int64_t>(sizeof(float));
+    const int64_t most = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(row_bytes, 1), 1, s_.out_height);
+    const int64_t rows = ceil_div(s_.out_height, ceil_div(s_.out_height, most));
+    const int64_t band_pitch = plane_pitch(rows), z_row = padded(flat_size(rows) + block_);
+    const Buffers b = buffers(rows);
+    for (int64_t r = begin, count; r < end; r += count) {
+      count = std::min({rows, end - r, s_.out_height - r % s_.out_height});
+      const int64_t first = r * s_.out_width, pixels = out_pixels(count);
+      if (one_tap()) {
+        for (int64_t p = 0; p < pixels; p += block_) {
+          const int64_t part = std::min(block_, pixels - p);
+          read_block(group, first + p, part, b.band);
+          multiply_first(group, b.band, band_pitch, part, b.blocks + p * s_.rank, block_);
+        }
+      } else {
+        read_planes(group, r, count, b.band, band_pitch);
+        multiply_first(group, b.band, band_pitch, flat_size(count), b.z, z_row);
+        close_gaps(b.z, z_row, count, b.blocks);
+      }
+      if (a_.z) {
+        for (int64_t p = 0; p < pixels; p += block_) {
+          const int64_t part = std::min(block_, pixels - p);
+          kernels.transpose(b.blocks + p * s_.rank, block_, s_.rank, part, b.turned, z_pitch());
+          write_z(group, first + p, part, b.turned);
+        }
+      }
+      multiply_blocks(group, first, pixels, b.blocks, 0, s_.out_channels, b.sums);
     }
   }
 
   // Parts of z by (group, slice of the depth, panel).
   void run_slices(int64_t begin, int64_t end) {
-    const int64_t rows = s_.batch * s_.out_height, pixels = rows * s_.z_width(), panels = ceil_div(s_.rank, kPanel);
-    Scratch& scratch = own_scratch;
-    scratch.reserve(Scratch::bytes<const float*>(runs_ * pixels) + Scratch::bytes<float>(band_size(rows)) +
-                    Scratch::bytes<float>(widened_size()));
-    const auto table = scratch.take<const float*>(runs_ * pixels);
-    const auto band = scratch.take<float>(band_size(rows)), widened = scratch.take<float>(widened_size());
-    for (int64_t at = begin, last_group = -1; at < end;) {
-      const int64_t part = at / panels, group = part / slices_, slice = part % slices_;
-      const int64_t stop = std::min(end, (part + 1) * panels), first_panel = at - part * panels;
-      if (group != last_group) read_band(group, 0, rows, band, widened, table);
-      multiply_first(group, table, pixels, steps_ * slice / slices_, steps_ * (slice + 1) / slices_,
-                     first_panel * kPanel, std::min((stop - part * panels) * kPanel, s_.rank),
-                     partial_ + part * pixels * z_pitch());
-      at = stop;
+    const int64_t pixels = z_pixels(rows_), panels = ceil_div(s_.rank, kPanel);
+    const Buffers b = buffers(rows_);
+    for (int64_t at = begin, last_group = -1, stop; at < end; at = stop) {
+      const int64_t part = at / panels, group = part / slices_, slice = part % slices_, first_panel = part * panels;
+      stop = std::min(end, first_panel + panels);
+      if (group != last_group) read_band(group, 0, rows_, b);
+      multiply_first(group, b.table, pixels, steps_ * slice / slices_, steps_ * (slice + 1) / slices_,
+                     (at - first_panel) * kPanel, std::min((stop - first_panel) * kPanel, s_.rank),
+                     partial_ + part * z_size(rows_));
       last_group = group;
     }
   }
 
   // Parts of the output by (group, panel).
   void run_columns(int64_t begin, int64_t end) {
-    const int64_t rows = s_.batch * s_.out_height, out_pixels = rows * s_.out_width;
-    const int64_t z_size = rows * s_.z_width() * z_pitch(), panels = ceil_div(s_.out_channels, kPanel);
-    Scratch& scratch = own_scratch;
-    scratch.reserve(Scratch::bytes<const float*>(second_.taps * out_pixels) +
-                    Scratch::bytes<float>(z_size + z_pitch()) + 2 * Scratch::bytes<float>(out_block_size()));
-    const auto table = scratch.take<const float*>(second_.taps * out_pixels);
-    const auto z = scratch.take<float>(z_size + z_pitch());
-    const auto block = scratch.take<float>(out_block_size()), turned = scratch.take<float>(out_block_size());
-    for (int64_t at = begin; at < end;) {
-      const int64_t group = at / panels, stop = std::min(end, (group + 1) * panels);
-      const float* partial = partial_ + group * slices_ * z_size;
-      const float* sum = partial;
-      for (int64_t slice = 1; slice < slices_; ++slice) {
-        kernels.finish(Dtype::kFloat32, sum, partial + slice * z_size, false, z, z_size);
-        sum = z;
+    const int64_t size = z_size(rows_), panels = ceil_div(s_.out_channels, kPanel);
+    const Buffers b = buffers(rows_);
+    for (int64_t at = begin, stop; at < end; at = stop) {
+      const int64_t group = at / panels, first_panel = group * panels;
+      stop = std::min(end, first_panel + panels);
+      const float *part = partial_ + group * slices_ * size, *sum = part;
+      for (int64_t slice = 1; slice < slices_; ++slice, sum = b.z) {
+        kernels.finish(Dtype::kFloat32, sum, 0, part + slice * size, false, b.z, 0, 1, size);
       }
-      if (slices_ == 1) std::copy_n(partial, z_size, z);
-      if (a_.z && at == group * panels) write_z(group, 0, rows, z);
-      point_to_z(rows, z, table);
-      multiply_second(group, 0, out_pixels, table, (at - group * panels) * kPanel,
-                      std::min((stop - group * panels) * kPanel, s_.out_channels), block, turned);
-      at = stop;
+      finish_pixels(group, 0, rows_, (at - first_panel) * kPanel,
+                    std::min((stop - first_panel) * kPanel, s_.out_channels), b);
     }
   }
 
-  // Copies what rows [begin, end) need, and enters for every run where it starts for every pixel of them.
-  void read_band(int64_t group, int64_t begin, int64_t end, float* band, float* widened, const float** table) {
-    const int64_t pixels = (end - begin) * s_.z_width();
-    for (int64_t r = begin; r < end;) {
+  // Copies what rows [begin, end) read, and enters for every run where it starts for every pixel of them.
+  void read_band(int64_t group, int64_t begin, int64_t end, const Buffers& b) {
+    const int64_t pixels = z_pixels(end - begin);
+    float* band = b.band;
+    for (int64_t r = begin, rows; r < end; r += rows) {
       const int64_t image = r / s_.out_height, y = r % s_.out_height;
-      const int64_t rows = std::min(end - r, s_.out_height - y);
+      rows = std::min(end - r, s_.out_height - y);
       const float* start = band;
       if (in_place_) {
         start = static_cast<const float*>(a_.input) + (image * s_.height + y * s_.stride_h) * row_pitch_ +
                 group * s_.in_channels;
       } else {
-        const int64_t copied = copied_rows(rows), top = y * s_.stride_h - s_.pad_h;
-        for (int64_t i = 0; i < copied; ++i, band += row_pitch_) {
-          copy_row(image, group, top + i * row_step_, band, widened);
+        const int64_t top = y * s_.stride_h - s_.pad_h;
+        for (int64_t i = 0; i < read_rows(rows); ++i) {
+          read_row(image, group, top + i * row_step_, band, b.widened);
+          band += row_pitch_;
         }
       }
       for (int64_t i = 0; i < rows; ++i, start += row_stride_ * row_pitch_) {
@@ -302,48 +359,65 @@ class Forward {
           const int64_t tap = run * taps_per_run_;
           const float* p =
               start + tap / kernel_w_ * s_.dilation_h * row_pitch_ + tap % kernel_w_ * dilation_w_ * pixel_pitch_;
-          const float** entry = table + run * pixels + (r - begin + i) * s_.z_width();
+          const float** entry = b.table + run * pixels + z_pixels(r - begin + i);
           for (int64_t x = 0; x < s_.z_width(); ++x) entry[x] = p + x * stride_w_ * pixel_pitch_;
         }
       }
-      r += rows;
     }
   }
 
-  void copy_row(int64_t image, int64_t group, int64_t y, float* to, float* widened) {
-    const int64_t c = s_.in_channels, left = std::min(pad_w_, span_w_);
-    const bool inside = 0 <= y && y < s_.height;
-    const int64_t width = inside ? std::min(s_.width, span_w_ - left) : 0;
-    std::fill_n(to, inside ? left * c : row_pitch_, 0.0f);
-    if (!inside) return;
+  void read_row(int64_t image, int64_t group, int64_t y, float* to, float* widened) {
+    const int64_t c = s_.in_channels, left = std::min(pad_w_, span_w_), width = std::min(s_.width, span_w_ - left);
+    if (y < 0 || y >= s_.height) {
+      std::fill_n(to, row_pitch_, 0.0f);
+      return;
+    }
+    std::fill_n(to, left * c, 0.0f);
     std::fill_n(to + (left + width) * c, (span_w_ - left - width) * c, 0.0f);
     to += left * c;
-    if (a_.input_layout == Layout::kChannelsLast) {
-      const void* from = advance(a_.input, a_.dtype, ((image * s_.height + y) * s_.width * s_.groups + group) * c);
-      if (s_.groups == 1) return kernels.widen(a_.dtype, from, to, width * c);
-      for (int64_t x = 0; x < width; ++x) {
-        kernels.widen(a_.dtype, advance(from, a_.dtype, x * s_.groups * c), to + x * c, c);
-      }
-      return;
+    if (input_layout_ == Layout::kChannelsLast) {
+      const int64_t at = ((image * s_.height + y) * s_.width * s_.groups + group) * c;
+      return kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), s_.groups * c, to, c, width, c);
     }
     const int64_t plane = s_.height * s_.width;
     const void* from = advance(a_.input, a_.dtype, (image * s_.groups + group) * c * plane + y * s_.width);
     if (a_.dtype == Dtype::kFloat32) {
       return kernels.transpose(static_cast<const float*>(from), plane, c, width, to, c);
     }
-    for (int64_t i = 0; i < c; ++i) {
-      kernels.widen(a_.dtype, advance(from, a_.dtype, i * plane), widened + i * width, width);
-    }
+    kernels.widen(a_.dtype, from, plane, widened, width, c, width);
     kernels.transpose(widened, width, c, width, to, c);
   }
 
-  // Columns [begin, end) of z, over some steps of the depth.
+  // Pixels as they are, from the pixel `first` on.
+  void read_block(int64_t group, int64_t first, int64_t pixels, float* band) {
+    const int64_t plane = s_.height * s_.width;
+    const int64_t at = (first / plane * s_.groups + group) * s_.in_channels * plane + first % plane;
+    kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), plane, band, block_, s_.in_channels, pixels);
+  }
+
+  // Rows that lie in one image, with their padding.
+  void read_planes(int64_t group, int64_t row, int64_t rows, float* band, int64_t band_pitch) {
+    const int64_t image = row / s_.out_height, top = row % s_.out_height - s_.pad_h, pitch = plane_row();
+    const int64_t begin = std::clamp<int64_t>(-top, 0, read_rows(rows));
+    const int64_t end = std::clamp<int64_t>(s_.height - top, begin, read_rows(rows));
+    const int64_t left = std::min(pad_w_, pitch), width = std::min(s_.width, pitch - left);
+    const int64_t plane = s_.height * s_.width;
+    for (int64_t c = 0; c < s_.in_channels; ++c, band += band_pitch) {
+      const int64_t at = ((image * s_.groups + group) * s_.in_channels + c) * plane + (top + begin) * s_.width;
+      float* to = band + begin * pitch + left;
+      std::fill(band, to, 0.0f);
+      kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), s_.width, to, pitch, end - begin, width);
+      for (int64_t y = begin; y < end; ++y, to += pitch) std::fill(to + width, to + pitch, 0.0f);
+      std::fill(to, band + band_pitch, 0.0f);
+    }
+  }
+
+  // Columns [begin, end) of z of pixels, over some steps of the depth.
   void multiply_first(int64_t group, const float* const* table, int64_t pixels, int64_t step, int64_t last_step,
                       int64_t begin, int64_t end, float* z) {
-    const int64_t depth = first_.depth();
     PixelProduct product{};
     product.row_pitch = product.pixels = pixels;
-    product.panel_pitch = depth * kPanel;
+    product.panel_pitch = first_.depth() * kPanel;
     product.columns = end - begin;
     product.out = z + begin;
     product.out_pitch = z_pitch();
@@ -354,112 +428,194 @@ class Forward {
       product.runs = std::min(runs_per_step_, runs_ - run);
       product.length = std::min(piece_length_, run_length_ - product.from);
       product.rows = table + run * pixels;
-      product.panels = first_weights(group) + begin * depth + (run * run_length_ + product.from) * kPanel;
-      kernels.multiply(product);
+      product.panels = first_weights(group) + begin * first_.depth() + (run * run_length_ + product.from) * kPanel;
+      kernels.multiply_pixels(product);
       product.accumulate = true;
     }
   }
 
-  void write_z(int64_t group, int64_t row, int64_t rows, const float* z) {
-    for (int64_t i = 0; i < rows * s_.z_width(); ++i) {
-      const int64_t pixel = row * s_.z_width() + i;
-      kernels.finish(a_.dtype, z + i * z_pitch(), nullptr, false,
-                     advance(a_.z, a_.dtype, (pixel * s_.groups + group) * s_.rank), s_.rank);
+  // All columns of z, of planes.
+  void multiply_first(int64_t group, const float* band, int64_t band_pitch, int64_t size, float* z, int64_t z_row) {
+    int64_t shifts[kMostTaps];
+    for (int64_t tap = 0; tap < first_.taps; ++tap) {
+      shifts[tap] = tap / kernel_w_ * s_.dilation_h * plane_row() + tap % kernel_w_ * dilation_w_;
     }
+    PlaneProduct product{};
+    product.plane_pitch = band_pitch;
+    product.shifts = shifts;
+    product.taps = first_.taps;
+    product.tap_pitch = s_.in_channels * kPanel;
+    product.panel_pitch = first_.depth() * kPanel;
+    product.columns = s_.rank;
+    product.out_pitch = z_row;
+    const int64_t read = s_.kernel_h * (block_ + 2 * kPanel) * static_cast<int64_t>(sizeof(float));  // of a plane
+    const int64_t step = std::max<int64_t>(1, kStepBytes / read);
+    for (int64_t p = 0; p < size; p += block_) {
+      product.vectors = ceil_div(std::min(block_, size - p), kPanel);
+      product.out = z + p;
+      for (int64_t c = 0; c < s_.in_channels; c += step) {
+        product.planes = band + c * band_pitch + p;
+        product.channels = std::min(step, s_.in_channels - c);
+        product.panels = first_weights(group) + c * kPanel;
+        product.accumulate = c > 0;
+        kernels.multiply_planes(product);
+      }
+    }
+  }
+
+  // From planes whose rows have gaps to blocks.
+  void close_gaps(const float* z, int64_t z_row, int64_t rows, float* blocks) {
+    for (int64_t y = 0, p = 0; y < rows; ++y, z += plane_row()) {
+      for (int64_t x = 0, count; x < s_.out_width; x += count, p += count) {
+        count = std::min(s_.out_width - x, block_ - p % block_);
+        float* to = blocks + p / block_ * block_ * s_.rank + p % block_;
+        kernels.widen(Dtype::kFloat32, z + x, z_row, to, block_, s_.rank, count);
+      }
+    }
+  }
+
+  // What follows on z of pixels: columns [begin, end) of the output.
+  void finish_pixels(int64_t group, int64_t row, int64_t rows, int64_t begin, int64_t end, const Buffers& b) {
+    if (a_.z && begin == 0) write_z(group, z_pixels(row), z_pixels(rows), b.z);
+    const int64_t first = out_pixels(row), pixels = out_pixels(rows);
+    if (planes_out_) {
+      for (int64_t p = 0; p < pixels; p += block_) {
+        kernels.transpose(b.z + p * z_pitch(), z_pitch(), std::min(block_, pixels - p), s_.rank, b.blocks + p * s_.rank,
+                          block_);
+      }
+      multiply_blocks(group, first, pixels, b.blocks, begin, end, b.sums);
+    } else {
+      point_to_z(rows, b.z, b.table);
+      multiply_second(group, first, pixels, begin, end, b);
+    }
+  }
+
+  void write_z(int64_t group, int64_t pixel, int64_t pixels, const float* z) {
+    const int64_t pitch = s_.groups * s_.rank, at = pixel * pitch + group * s_.rank;
+    kernels.finish(a_.dtype, z, z_pitch(), nullptr, false, advance(a_.z, a_.dtype, at), pitch, pixels, s_.rank);
   }
 
   // Enters for every tap of u where it reads z for every pixel. Behind z lie zeros, for taps outside.
   void point_to_z(int64_t rows, float* z, const float** table) {
-    float* zero = z + rows * s_.z_width() * z_pitch();
+    float* zero = z + z_size(rows);
     std::fill_n(zero, z_pitch(), 0.0f);
     for (int64_t tap = 0; tap < second_.taps; ++tap) {
       for (int64_t row = 0; row < rows; ++row) {
-        const float* start = z + row * s_.z_width() * z_pitch();
         for (int64_t x = 0; x < s_.out_width; ++x) {
           const int64_t at = s_.spatial ? x * s_.stride_w + tap * s_.dilation_w - s_.pad_w : x;
-          *table++ = 0 <= at && at < s_.z_width() ? start + at * z_pitch() : zero;
+          *table++ = 0 <= at && at < s_.z_width() ? z + z_size(row) + at * z_pitch() : zero;
         }
       }
     }
   }
 
   // Channels [begin, end) of `pixels` pixels of the output from the pixel `first` on.
-  void multiply_second(int64_t group, int64_t first, int64_t pixels, const float* const* table, int64_t begin,
-                       int64_t end, float* block, float* turned) {
-    const bool wide = a_.dtype == Dtype::kFloat32, last = a_.output_layout == Layout::kChannelsLast;
-    const int64_t channels = s_.groups * s_.out_channels, channel = group * s_.out_channels + begin;
+  void multiply_second(int64_t group, int64_t first, int64_t pixels, int64_t begin, int64_t end, const Buffers& b) {
+    const int64_t channel = group * s_.out_channels + begin;
     PixelProduct product{};
-    product.rows = table;
+    product.rows = b.table;
     product.row_pitch = product.pixels = pixels;
     product.runs = second_.taps;
     product.length = s_.rank;
     product.panels = second_weights(group) + begin * second_.depth();
     product.panel_pitch = second_.depth() * kPanel;
     product.columns = end - begin;
-    product.bias = bias_ ? bias_ + group * padded(s_.out_channels) + begin : nullptr;
-    product.relu = a_.relu && wide && (last || !a_.residual);
-    if (wide && last) {
-      product.out = static_cast<float*>(a_.output) + first * channels + channel;
-      product.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, first * channels + channel));
-      product.out_pitch = channels;
-      return kernels.multiply(product);
+    product.epilogue.bias = bias_of(group, begin);
+    const int64_t at = first * all_channels() + channel;
+    if (a_.dtype == Dtype::kFloat32 && output_layout_ == Layout::kChannelsLast) {
+      product.out = static_cast<float*>(a_.output) + at;
+      product.out_pitch = all_channels();
+      product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
+      product.epilogue.relu = a_.relu;
+      return kernels.multiply_pixels(product);
     }
-    product.out = block;
+    product.out = b.sums;
     product.out_pitch = padded(end - begin);
     product.padded = true;
-    for (int64_t p = 0; p < pixels; p += kOutPixels) {
-      product.pixels = std::min(kOutPixels, pixels - p);
-      product.rows = table + p;
-      kernels.multiply(product);
-      if (last) {
-        for (int64_t i = 0; i < product.pixels; ++i) {
-          const int64_t at = (first + p + i) * channels + channel;
-          finish(block + i * product.out_pitch, at, end - begin);
-        }
+    for (int64_t p = 0; p < pixels; p += block_) {
+      product.pixels = std::min(block_, pixels - p);
+      product.rows = b.table + p;
+      kernels.multiply_pixels(product);
+      if (output_layout_ == Layout::kChannelsLast) {
+        finish(b.sums, product.out_pitch, at + p * all_channels(), all_channels(), product.pixels, end - begin);
       } else {
-        turn(first + p, product.pixels, channel, end - begin, block, product.out_pitch, turned);
+        for_images(first + p, product.pixels, channel, [&](int64_t to, int64_t i, int64_t run) {
+          kernels.transpose(b.sums + i * product.out_pitch, product.out_pitch, run, end - begin, b.turned, block_);
+          finish(b.turned, block_, to, out_plane(), end - begin, run);
+        });
       }
     }
   }
 
-  // Writes a block of pixels to channels-first output.
-  void turn(int64_t first, int64_t pixels, int64_t channel, int64_t count, const float* block, int64_t pitch,
-            float* turned) {
-    const int64_t plane = s_.out_height * s_.out_width, channels = s_.groups * s_.out_channels;
-    for (int64_t i = 0; i < pixels;) {
-      const int64_t image = (first + i) / plane, run = std::min(pixels - i, (image + 1) * plane - first - i);
-      const int64_t at = (image * channels + channel) * plane + (first + i) % plane;
-      if (a_.dtype == Dtype::kFloat32) {
-        kernels.transpose(block + i * pitch, pitch, run, count, static_cast<float*>(a_.output) + at, plane);
-        for (int64_t n = 0; n < count && a_.residual; ++n) {
-          finish(static_cast<float*>(a_.output) + at + n * plane, at + n * plane, run);
+  // The same for channels-first output, from blocks of z.
+  void multiply_blocks(int64_t group, int64_t first, int64_t pixels, const float* blocks, int64_t begin, int64_t end,
+                       float* sums) {
+    const int64_t channel = group * s_.out_channels + begin, shift = 0;
+    PlaneProduct product{};
+    product.plane_pitch = block_;
+    product.shifts = &shift;
+    product.taps = 1;
+    product.channels = s_.rank;
+    product.panels = second_weights(group) + begin * s_.rank;
+    product.panel_pitch = s_.rank * kPanel;
+    product.columns = end - begin;
+    for (int64_t p = 0; p < pixels; p += block_) {
+      const int64_t count = std::min(block_, pixels - p);
+      product.planes = blocks + p * s_.rank;
+      product.vectors = ceil_div(count, kPanel);
+      product.out = sums;
+      product.out_pitch = block_;
+      product.epilogue = {bias_of(group, begin), nullptr, false};
+      const bool whole = count % kPanel == 0 && (first + p) % out_plane() + count <= out_plane();
+      for_images(first + p, count, channel, [&](int64_t at, int64_t i, int64_t run) {
+        if (a_.dtype == Dtype::kFloat32 && whole) {
+          product.out = static_cast<float*>(a_.output) + at;
+          product.out_pitch = out_plane();
+          product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
+          product.epilogue.relu = a_.relu;
+          return kernels.multiply_planes(product);
         }
-      } else {
-        kernels.transpose(block + i * pitch, pitch, run, count, turned, run);
-        for (int64_t n = 0; n < count; ++n) finish(turned + n * run, at + n * plane, run);
-      }
-      i += run;
+        if (i == 0) kernels.multiply_planes(product);
+        finish(sums + i, block_, at, out_plane(), end - begin, run);
+      });
     }
   }
 
-  void finish(const float* from, int64_t at, int64_t count) {
-    kernels.finish(a_.dtype, from, advance(a_.residual, a_.dtype, at), a_.relu, advance(a_.output, a_.dtype, at),
-                   count);
+  // f(offset in the output, offset in the block, pixels) for the parts of a block that lie in one image each.
+  template <class F>
+  void for_images(int64_t first, int64_t pixels, int64_t channel, F f) {
+    for (int64_t i = 0, run; i < pixels; i += run) {
+      const int64_t image = (first + i) / out_plane(), at = (first + i) % out_plane();
+      run = std::min(pixels - i, out_plane() - at);
+      f((image * all_channels() + channel) * out_plane() + at, i, run);
+    }
+  }
+
+  void finish(const float* from, int64_t pitch, int64_t at, int64_t out_pitch, int64_t rows, int64_t columns) {
+    kernels.finish(a_.dtype, from, pitch, advance(a_.residual, a_.dtype, at), a_.relu, advance(a_.output, a_.dtype, at),
+                   out_pitch, rows, columns);
   }
 
   const LowRankConvArguments& a_;
   const LowRankConvShape& s_;
   const float* packed_;
   const Factor first_, second_;
+  const int64_t rows_ = s_.batch * s_.out_height;
+  const int64_t block_ = kernels.plane_vectors * kPanel;  // pixels that are rearranged at once
+  // Of one pixel both layouts are the same.
+  const Layout input_layout_ = s_.height * s_.width == 1 ? Layout::kChannelsLast : a_.input_layout;
+  const Layout output_layout_ = s_.out_height * s_.out_width == 1 ? Layout::kChannelsLast : a_.output_layout;
   // Of the first convolution.
   const int64_t kernel_w_ = s_.spatial ? 1 : s_.kernel_w, stride_w_ = s_.spatial ? 1 : s_.stride_w;
   const int64_t pad_w_ = s_.spatial ? 0 : s_.pad_w, dilation_w_ = s_.spatial ? 1 : s_.dilation_w;
-  bool in_place_;
-  int64_t reach_h_, span_w_, row_step_, row_stride_, row_pitch_, pixel_pitch_;
+  const int64_t reach_h_ = (s_.kernel_h - 1) * s_.dilation_h + 1;
+  const int64_t span_w_ = (s_.z_width() - 1) * stride_w_ + (kernel_w_ - 1) * dilation_w_ + 1;
+  bool in_place_, planes_in_, planes_out_;
+  int64_t row_step_, row_stride_, row_pitch_, pixel_pitch_;
   // A run is the part of the depth that lies together in the input; a step is what is multiplied at once.
   int64_t runs_, run_length_, taps_per_run_, pieces_, piece_length_, runs_per_step_, steps_;
+  int64_t slices_;
   const float* bias_ = nullptr;
-  int64_t slices_ = 1;
   float* partial_ = nullptr;  // [group][slice][pixel][z_pitch]
 };
 

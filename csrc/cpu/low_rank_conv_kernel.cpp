@@ -9,16 +9,23 @@
 namespace smoothk::cpu::SMOOTHK_ISA {
 namespace {
 
-// The tile of sums that stays in registers: kRows pixels times kWide panels.
+// Sums stay in registers: a tile is of rows, each a scalar at a time, times panels.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8, kWide = 3;
+constexpr int kLanes = 16, kWidest = 4;
+constexpr int kRows[] = {0, 12, 12, 8, 6};  // by panels; a load for two multiplications is too many
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 6, kWide = 1;
+constexpr int kLanes = 8, kWidest = 1;
+constexpr int kRows[] = {0, 6};
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kRows = 6, kWide = 1;
+constexpr int kLanes = 4, kWidest = 1;
+constexpr int kRows[] = {0, 6};
 #else
-constexpr int kLanes = 4, kRows = 3, kWide = 1;
+constexpr int kLanes = 4, kWidest = 1;
+constexpr int kRows[] = {0, 3};
 #endif
+constexpr int kPlaneVectors = kWidest < 3 ? kWidest : 3,
+              kPlaneRows = kRows[kPlaneVectors] < 8 ? kRows[kPlaneVectors] : 8;
+constexpr int kPerPanel = kPanel / kLanes;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -28,105 +35,153 @@ SMOOTHK_INLINE void write(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p)
 
 SMOOTHK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <int R, int P>
-void tile(const PixelProduct& product, int64_t pixel, int64_t panel) {
-  constexpr int V = P * kPanel / kLanes, kPerPanel = kPanel / kLanes;
-  const int64_t pitch = product.panel_pitch, first_column = panel * kPanel, out_pitch = product.out_pitch;
-  float* out = product.out + pixel * out_pitch + first_column;
+// Loops over registers have to vanish.
+#define SMOOTHK_UNROLL _Pragma("GCC unroll 32")
+
+template <int R, int V>
+struct Tile {
   Vector sum[R][V] = {};
-  if (product.accumulate) {
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) sum[i][v] = read(out + i * out_pitch + v * kLanes);
+
+  SMOOTHK_INLINE void read_from(const float* p, int64_t pitch) {
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      SMOOTHK_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = read(p + i * pitch + v * kLanes);
     }
   }
+
+  SMOOTHK_INLINE void add_from(const float* p, int64_t pitch) {
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      SMOOTHK_UNROLL for (int v = 0; v < V; ++v) sum[i][v] += read(p + i * pitch + v * kLanes);
+    }
+  }
+
+  SMOOTHK_INLINE void clamp() {
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      SMOOTHK_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = sum[i][v] < 0 ? Vector{} : sum[i][v];
+    }
+  }
+
+  SMOOTHK_INLINE void write_to(float* p, int64_t pitch) const {
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      SMOOTHK_UNROLL for (int v = 0; v < V; ++v) write(p + i * pitch + v * kLanes, sum[i][v]);
+    }
+  }
+
+  // sum[i][v] += scalar(i) * vector(v)
+  template <class S, class W>
+  SMOOTHK_INLINE void add_product(S scalar, W vector) {
+    Vector w[V];
+    SMOOTHK_UNROLL for (int v = 0; v < V; ++v) w[v] = read(vector(v));
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      const float a = scalar(i);
+      SMOOTHK_UNROLL for (int v = 0; v < V; ++v) sum[i][v] += a * w[v];
+    }
+  }
+};
+#define SMOOTHK_AT(i) [&](int i) __attribute__((always_inline))
+
+template <int R, int P>
+void multiply_tile(const PixelProduct& product, int64_t pixel, int64_t panel) {
+  const int64_t pitch = product.panel_pitch, column = panel * kPanel, at = pixel * product.out_pitch + column;
+  Tile<R, P * kPerPanel> tile;
+  if (product.accumulate) tile.read_from(product.out + at, product.out_pitch);
   const float* weights = product.panels + panel * pitch;
   for (int64_t run = 0; run < product.runs; ++run) {
-    const float* const* rows = product.rows + run * product.row_pitch + pixel;
     const float* row[R];
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i) row[i] = rows[i] + product.from;
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      row[i] = product.rows[run * product.row_pitch + pixel + i] + product.from;
+    }
     for (int64_t k = 0; k < product.length; ++k) {
-      Vector w[V];
-#pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) w[v] = read(weights + v / kPerPanel * pitch + v % kPerPanel * kLanes);
-#pragma GCC unroll 32
-      for (int i = 0; i < R; ++i) {
-        const float a = row[i][k];
-#pragma GCC unroll 32
-        for (int v = 0; v < V; ++v) sum[i][v] += a * w[v];
-      }
+      tile.add_product(
+          SMOOTHK_AT(i) { return row[i][k]; },
+          SMOOTHK_AT(v) { return weights + v / kPerPanel * pitch + v % kPerPanel * kLanes; });
       weights += kPanel;
     }
   }
-  const bool whole = product.padded || first_column + P * kPanel <= product.columns;
-  const int64_t valid = product.columns - first_column;
-  if (product.bias) {
-#pragma GCC unroll 32
-    for (int v = 0; v < V; ++v) {
-      const Vector bias = read(product.bias + first_column + v * kLanes);
-#pragma GCC unroll 32
-      for (int i = 0; i < R; ++i) sum[i][v] += bias;
-    }
+  const Epilogue& last = product.epilogue;
+  if (last.bias) tile.add_from(last.bias + column, 0);
+  if (product.padded || column + P * kPanel <= product.columns) {
+    if (last.residual) tile.add_from(last.residual + at, product.out_pitch);
+    if (last.relu) tile.clamp();
+    return tile.write_to(product.out + at, product.out_pitch);
   }
-  if (whole) {
-    const float* residual = product.residual + pixel * out_pitch + first_column;
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) {
-        Vector x = sum[i][v];
-        if (product.residual) x += read(residual + i * out_pitch + v * kLanes);
-        if (product.relu) x = x < 0 ? Vector{} : x;
-        write(out + i * out_pitch + v * kLanes, x);
-      }
-    }
-  } else {
-    alignas(64) float last[R][P * kPanel];
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) write(last[i] + v * kLanes, sum[i][v]);
-    }
-    for (int i = 0; i < R; ++i) {
-      const int64_t at = pixel * out_pitch + first_column + i * out_pitch;
-      for (int64_t n = 0; n < valid; ++n) {
-        float x = last[i][n];
-        if (product.residual) x += product.residual[at + n];
-        product.out[at + n] = product.relu && x < 0 ? 0 : x;
-      }
+  alignas(64) float sums[R][P * kPanel];
+  tile.write_to(sums[0], P * kPanel);
+  for (int i = 0; i < R; ++i) {
+    for (int64_t n = 0, to = at + i * product.out_pitch; n < product.columns - column; ++n, ++to) {
+      const float x = sums[i][n] + (last.residual ? last.residual[to] : 0);
+      product.out[to] = last.relu && x < 0 ? 0 : x;
     }
   }
 }
 
-template <int P, int R = kRows>
-SMOOTHK_INLINE void tile_of(int64_t rows, const PixelProduct& product, int64_t pixel, int64_t panel) {
-  if constexpr (R > 0) {
-    if (rows == R) return tile<R, P>(product, pixel, panel);
-    tile_of<P, R - 1>(rows, product, pixel, panel);
+template <int R, int V>
+void multiply_tile(const PlaneProduct& product, int64_t column) {
+  const int64_t pitch = product.plane_pitch;
+  const float* panel = product.panels + column / kPanel * product.panel_pitch + column % kPanel;
+  float* out = product.out + column * product.out_pitch;
+  Tile<R, V * kPerPanel> tile;
+  if (product.accumulate) tile.read_from(out, product.out_pitch);
+  for (int64_t tap = 0; tap < product.taps; ++tap) {
+    const float *pixels = product.planes + product.shifts[tap], *weights = panel + tap * product.tap_pitch;
+    for (int64_t c = 0; c < product.channels; ++c) {
+      tile.add_product(SMOOTHK_AT(i) { return weights[i]; }, SMOOTHK_AT(v) { return pixels + v * kLanes; });
+      pixels += pitch;
+      weights += kPanel;
+    }
+  }
+  const Epilogue& last = product.epilogue;
+  if (last.bias) {
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      SMOOTHK_UNROLL for (int v = 0; v < V * kPerPanel; ++v) tile.sum[i][v] += last.bias[column + i];
+    }
+  }
+  if (last.residual) tile.add_from(last.residual + column * product.out_pitch, product.out_pitch);
+  if (last.relu) tile.clamp();
+  tile.write_to(out, product.out_pitch);
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Turns what is known only now into a template argument: f(n) with n a constant, one of 1 to N.
+template <int N, class F>
+SMOOTHK_INLINE void with_constant(int64_t n, F f) {
+  if constexpr (N > 0) {
+    if (n == N) return f(Constant<N>{});
+    with_constant<N - 1>(n, f);
   }
 }
 
-void multiply(const PixelProduct& product) {
+void multiply_pixels(const PixelProduct& product) {
   const int64_t panels = (product.columns + kPanel - 1) / kPanel;
-  const int64_t strips = (product.pixels + kRows - 1) / kRows;  // of as equal heights as they can have
   for (int64_t panel = 0; panel < panels;) {
-    // 4 panels are 2 and 2.
-    const int64_t left = panels - panel, wide = left == kWide + 1 ? (kWide + 1) / 2 : least(left, kWide);
-    for (int64_t strip = 0, pixel = 0; strip < strips; ++strip) {
-      const int64_t end = product.pixels * (strip + 1) / strips;
-      if (wide == 1) tile_of<1>(end - pixel, product, pixel, panel);
-      if constexpr (kWide >= 2) {
-        if (wide == 2) tile_of<2>(end - pixel, product, pixel, panel);
+    const int64_t left = panels - panel;
+    // 5 panels are 3 and 2: one alone is slow.
+    const int64_t wide = left == kWidest + 1 ? (kWidest + 2) / 2 : least(left, kWidest);
+    with_constant<kWidest>(wide, [&](auto p) {
+      constexpr int rows = kRows[p.value];
+      const int64_t strips = (product.pixels + rows - 1) / rows;  // of as equal heights as they can have
+      for (int64_t strip = 0, pixel = 0; strip < strips; ++strip) {
+        const int64_t end = product.pixels * (strip + 1) / strips;
+        with_constant<rows>(end - pixel, [&](auto r) { multiply_tile<r.value, p.value>(product, pixel, panel); });
+        pixel = end;
       }
-      if constexpr (kWide >= 3) {
-        if (wide == 3) tile_of<3>(end - pixel, product, pixel, panel);
-      }
-      pixel = end;
-    }
+    });
     panel += wide;
   }
+}
+
+void multiply_planes(const PlaneProduct& product) {
+  with_constant<kPlaneVectors>(product.vectors, [&](auto v) {
+    for (int64_t column = 0; column < product.columns;) {
+      const int64_t left = least(product.columns - column, kPanel - column % kPanel);
+      const int64_t strips = (left + kPlaneRows - 1) / kPlaneRows, rows = (left + strips - 1) / strips;
+      with_constant<kPlaneRows>(rows, [&](auto r) { multiply_tile<r.value, v.value>(product, column); });
+      column += rows;
+    }
+  });
 }
 
 typedef float Vector4 __attribute__((vector_size(16)));
@@ -172,48 +227,57 @@ void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t colu
 }
 
 template <class T>
-SMOOTHK_INLINE void widen_from(const void* from, float* __restrict to, int64_t count) {
-  const T* in = static_cast<const T*>(from);
+SMOOTHK_INLINE void widen_as(const void* from, int64_t from_pitch, float* to, int64_t to_pitch, int64_t rows,
+                             int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* in = static_cast<const T*>(from) + i * from_pitch;
+    float* __restrict out = to + i * to_pitch;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = load(in + i);
+    for (int64_t j = 0; j < columns; ++j) out[j] = load(in + j);
+  }
 }
 
-void widen(Dtype dtype, const void* from, float* to, int64_t count) {
+void widen(Dtype dtype, const void* from, int64_t from_pitch, float* to, int64_t to_pitch, int64_t rows,
+           int64_t columns) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return widen_from<BFloat16>(from, to, count);
+      return widen_as<BFloat16>(from, from_pitch, to, to_pitch, rows, columns);
     case Dtype::kFloat16:
-      return widen_from<Float16>(from, to, count);
+      return widen_as<Float16>(from, from_pitch, to, to_pitch, rows, columns);
     default:
-      return widen_from<float>(from, to, count);
+      return widen_as<float>(from, from_pitch, to, to_pitch, rows, columns);
   }
 }
 
 template <class T>
-SMOOTHK_INLINE void finish_as(const float* from, const void* residual, bool relu, void* to, int64_t count) {
-  const T* more = static_cast<const T*>(residual);
-  T* out = static_cast<T*>(to);
+SMOOTHK_INLINE void finish_as(const float* from, int64_t from_pitch, const void* residual, bool relu, void* to,
+                              int64_t to_pitch, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* in = from + i * from_pitch;
+    const T* more = residual ? static_cast<const T*>(residual) + i * to_pitch : nullptr;
+    T* out = static_cast<T*>(to) + i * to_pitch;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    float x = from[i];
-    if (more) x += load(more + i);
-    store(out + i, relu && x < 0 ? 0.0f : x);
+    for (int64_t j = 0; j < columns; ++j) {
+      const float x = in[j] + (more ? load(more + j) : 0);
+      store(out + j, relu && x < 0 ? 0.0f : x);
+    }
   }
 }
 
-void finish(Dtype dtype, const float* from, const void* residual, bool relu, void* to, int64_t count) {
+void finish(Dtype dtype, const float* from, int64_t from_pitch, const void* residual, bool relu, void* to,
+            int64_t to_pitch, int64_t rows, int64_t columns) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return finish_as<BFloat16>(from, residual, relu, to, count);
+      return finish_as<BFloat16>(from, from_pitch, residual, relu, to, to_pitch, rows, columns);
     case Dtype::kFloat16:
-      return finish_as<Float16>(from, residual, relu, to, count);
+      return finish_as<Float16>(from, from_pitch, residual, relu, to, to_pitch, rows, columns);
     default:
-      return finish_as<float>(from, residual, relu, to, count);
+      return finish_as<float>(from, from_pitch, residual, relu, to, to_pitch, rows, columns);
   }
 }
 
 }  // namespace
 
-const LowRankConvKernels kLowRankConv = {multiply, transpose, widen, finish};
+const LowRankConvKernels kLowRankConv = {kPlaneVectors, multiply_pixels, multiply_planes, transpose, widen, finish};
 
 }  // namespace smoothk::cpu::SMOOTHK_ISA

@@ -10,7 +10,16 @@ namespace smoothk::cpu {
 
 constexpr int64_t kPanel = 16;  // columns that packed weights have side by side: [panel][depth][kPanel]
 
-// out[i][n] = sum over runs r and k < length of rows[r * row_pitch + i][from + k] * weights[r * length + k][n]
+// What becomes of a sum, in this order.
+struct Epilogue {
+  const float* bias;      // of a column, whole panels of them, or null
+  const float* residual;  // laid out as the sums, or null
+  bool relu;
+};
+
+// Pixels whose channels lie together: each is read as a scalar, for vectors of columns.
+//
+//   out[i][n] = sum over runs r and k < length of rows[r * row_pitch + i][from + k] * weights[r * length + k][n]
 struct PixelProduct {
   const float* const* rows;
   int64_t row_pitch, from;
@@ -19,20 +28,39 @@ struct PixelProduct {
   int64_t panel_pitch, columns;
   float* out;
   int64_t out_pitch;
-  bool accumulate;        // the sum goes on from what out has
-  bool padded;            // out has room for whole panels
-  const float* bias;      // whole panels, or null
-  const float* residual;  // of the pitch of out, or null
-  bool relu;
+  bool accumulate;  // the sum goes on from what out has
+  bool padded;      // out has room for whole panels
+  Epilogue epilogue;
+};
+
+// Channels whose pixels lie together: weights are read as scalars, for vectors of pixels.
+//
+//   out[n][i] = sum over taps t and c < channels of planes[c * plane_pitch + shifts[t] + i] * weights[t][c][n]
+struct PlaneProduct {
+  const float* planes;
+  int64_t plane_pitch;
+  const int64_t* shifts;
+  int64_t vectors;  // of kPanel pixels
+  int64_t taps, channels;
+  const float* panels;
+  int64_t tap_pitch, panel_pitch, columns;
+  float* out;
+  int64_t out_pitch;
+  bool accumulate;
+  Epilogue epilogue;
 };
 
 struct LowRankConvKernels {
-  void (*multiply)(const PixelProduct& product);
+  int64_t plane_vectors;  // at most in a PlaneProduct
+  void (*multiply_pixels)(const PixelProduct& product);
+  void (*multiply_planes)(const PlaneProduct& product);
   // to[j][i] = from[i][j]
   void (*transpose)(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch);
-  void (*widen)(Dtype dtype, const void* from, float* to, int64_t count);
-  // to = from + residual, which may be null, then the ReLU. `to` may be `from`.
-  void (*finish)(Dtype dtype, const float* from, const void* residual, bool relu, void* to, int64_t count);
+  void (*widen)(Dtype dtype, const void* from, int64_t from_pitch, float* to, int64_t to_pitch, int64_t rows,
+                int64_t columns);
+  // to = from + residual, which may be null and is laid out as `to`, then the ReLU. `to` may be `from`.
+  void (*finish)(Dtype dtype, const float* from, int64_t from_pitch, const void* residual, bool relu, void* to,
+                 int64_t to_pitch, int64_t rows, int64_t columns);
 };
 
 namespace baseline {
