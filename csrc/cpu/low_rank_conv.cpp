@@ -46,7 +46,9 @@ const LowRankConvKernels& kernels = choose_kernels();
 struct Factor {
   int64_t columns, taps, channels;
   int64_t depth() const { return taps * channels; }
-  int64_t size() const { return padded(columns) * depth(); }
+  // The last columns, where they are few, are there once more, one after the other.
+  int64_t dots() const { return channels % kPanel == 0 && columns % kPanel <= kMostDots ? columns % kPanel : 0; }
+  int64_t size() const { return (padded(columns) + dots()) * depth(); }
 };
 
 Factor first_factor(const LowRankConvShape& s) {
@@ -65,6 +67,11 @@ void pack(const Factor& factor, const T* weight, float* packed) {
           *packed++ = n < factor.columns ? load(weight + n * depth + c * factor.taps + tap) : 0;
         }
       }
+    }
+  }
+  for (int64_t n = factor.columns - factor.dots(); n < factor.columns; ++n) {
+    for (int64_t tap = 0; tap < factor.taps; ++tap) {
+      for (int64_t c = 0; c < factor.channels; ++c) *packed++ = load(weight + n * depth + c * factor.taps + tap);
     }
   }
 }
@@ -136,7 +143,8 @@ class Forward {
     const int64_t panels = std::clamp<int64_t>(ceil_div(s_.rank, kPanel), 1, 4);
     const int64_t most = kStepBytes / (panels * kPanel * static_cast<int64_t>(sizeof(float)));
     pieces_ = ceil_div(run_length_, most);
-    piece_length_ = ceil_div(run_length_, pieces_);
+    piece_length_ = std::min(run_length_, padded(ceil_div(run_length_, pieces_)));
+    pieces_ = ceil_div(run_length_, piece_length_);
     runs_per_step_ = pieces_ > 1 ? 1 : most / run_length_;
     steps_ = ceil_div(runs_ * pieces_, runs_per_step_);
 
@@ -415,21 +423,52 @@ class Forward {
   // Columns [begin, end) of z of pixels, over some steps of the depth.
   void multiply_first(int64_t group, const float* const* table, int64_t pixels, int64_t step, int64_t last_step,
                       int64_t begin, int64_t end, float* z) {
+    const int64_t depth = first_.depth(), tiled = s_.rank - first_.dots();
     PixelProduct product{};
-    product.row_pitch = product.pixels = pixels;
-    product.panel_pitch = first_.depth() * kPanel;
-    product.columns = end - begin;
+    product.row_pitch = pixels;
+    product.pixels = pixels;
+    product.panel_pitch = depth * kPanel;
+    product.columns = std::min(end, tiled) - begin;
     product.out = z + begin;
     product.out_pitch = z_pitch();
     product.padded = true;
-    for (; step < last_step; ++step) {
+    if (end > tiled) multiply_dots(group, table, pixels, step, last_step, z + tiled);
+    for (; step < last_step && product.columns > 0; ++step) {
       const int64_t run = pieces_ > 1 ? step / pieces_ : step * runs_per_step_;
+      product.rows = table + run * pixels;
       product.from = pieces_ > 1 ? step % pieces_ * piece_length_ : 0;
       product.runs = std::min(runs_per_step_, runs_ - run);
       product.length = std::min(piece_length_, run_length_ - product.from);
-      product.rows = table + run * pixels;
-      product.panels = first_weights(group) + begin * first_.depth() + (run * run_length_ + product.from) * kPanel;
+      product.panels = first_weights(group) + begin * depth + (run * run_length_ + product.from) * kPanel;
       kernels.multiply_pixels(product);
+      product.accumulate = true;
+    }
+  }
+
+  // The columns that are no panels. A run at a time, or what the steps have of it: sums over lanes are few.
+  void multiply_dots(int64_t group, const float* const* table, int64_t pixels, int64_t step, int64_t last_step,
+                     float* z) {
+    const auto depth_of = [this](int64_t i) {
+      return pieces_ > 1 ? i / pieces_ * run_length_ + std::min(i % pieces_ * piece_length_, run_length_)
+                         : std::min(i * runs_per_step_, runs_) * run_length_;
+    };
+    const int64_t begin = depth_of(step), end = depth_of(last_step);
+    DotProduct product{};
+    product.row_pitch = pixels;
+    product.pixels = pixels;
+    product.run_pitch = run_length_;
+    product.column_pitch = first_.depth();
+    product.columns = first_.dots();
+    product.out = z;
+    product.out_pitch = z_pitch();
+    for (int64_t k = begin, whole; k < end; k += product.runs * product.length) {
+      product.from = k % run_length_;
+      whole = product.from == 0 ? (end - k) / run_length_ : 0;
+      product.runs = std::max<int64_t>(whole, 1);
+      product.length = whole > 0 ? run_length_ : std::min(run_length_ - product.from, end - k);
+      product.rows = table + k / run_length_ * pixels;
+      product.weights = first_weights(group) + padded(s_.rank) * first_.depth() + k;
+      kernels.multiply_dots(product);
       product.accumulate = true;
     }
   }

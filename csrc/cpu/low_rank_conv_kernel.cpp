@@ -25,15 +25,21 @@ constexpr int kRows[] = {0, 3};
 #endif
 constexpr int kPlaneVectors = kWidest < 3 ? kWidest : 3,
               kPlaneRows = kRows[kPlaneVectors] < 8 ? kRows[kPlaneVectors] : 8;
+constexpr int kDots = kLanes == 16 ? 24 : 12;  // sums in registers
 constexpr int kPerPanel = kPanel / kLanes;
 
+typedef float Vector4 __attribute__((vector_size(16)));
+typedef float Vector8 __attribute__((vector_size(32)));
+typedef float Vector16 __attribute__((vector_size(64)));
+typedef float Unaligned4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 SMOOTHK_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 SMOOTHK_INLINE void write(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p) = x; }
 
-SMOOTHK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SMOOTHK_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Loops over registers have to vanish.
 #define SMOOTHK_UNROLL _Pragma("GCC unroll 32")
@@ -66,13 +72,13 @@ struct Tile {
     }
   }
 
-  // sum[i][v] += scalar(i) * vector(v)
+  // sum[i][v] += left(i) * right(v), where left(i) is a scalar or a vector and right(v) points to a vector
   template <class S, class W>
-  SMOOTHK_INLINE void add_product(S scalar, W vector) {
+  SMOOTHK_INLINE void add_product(S left, W right) {
     Vector w[V];
-    SMOOTHK_UNROLL for (int v = 0; v < V; ++v) w[v] = read(vector(v));
+    SMOOTHK_UNROLL for (int v = 0; v < V; ++v) w[v] = read(right(v));
     SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
-      const float a = scalar(i);
+      const auto a = left(i);
       SMOOTHK_UNROLL for (int v = 0; v < V; ++v) sum[i][v] += a * w[v];
     }
   }
@@ -111,6 +117,37 @@ void multiply_tile(const PixelProduct& product, int64_t pixel, int64_t panel) {
       const float x = sums[i][n] + (last.residual ? last.residual[to] : 0);
       product.out[to] = last.relu && x < 0 ? 0 : x;
     }
+  }
+}
+
+SMOOTHK_INLINE float total(Vector4 x) {
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
+  return x[0] + x[1];
+}
+SMOOTHK_INLINE float total(Vector8 x) {
+  return total(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
+}
+SMOOTHK_INLINE float total(Vector16 x) {
+  return total(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+
+template <int R, int Q>
+void multiply_tile(const DotProduct& product, int64_t pixel) {
+  const int64_t pitch = product.column_pitch;
+  Tile<R, Q> tile;
+  for (int64_t run = 0; run < product.runs; ++run) {
+    const float *weights = product.weights + run * product.run_pitch, *row[R];
+    SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+      row[i] = product.rows[run * product.row_pitch + pixel + i] + product.from;
+    }
+    for (int64_t k = 0; k < product.length; k += kLanes) {
+      tile.add_product(SMOOTHK_AT(i) { return read(row[i] + k); }, SMOOTHK_AT(q) { return weights + k + q * pitch; });
+    }
+  }
+  SMOOTHK_UNROLL for (int i = 0; i < R; ++i) {
+    float* out = product.out + (pixel + i) * product.out_pitch;
+    SMOOTHK_UNROLL for (int q = 0; q < Q; ++q) out[q] = total(tile.sum[i][q]) + (product.accumulate ? out[q] : 0);
   }
 }
 
@@ -173,6 +210,15 @@ void multiply_pixels(const PixelProduct& product) {
   }
 }
 
+void multiply_dots(const DotProduct& product) {
+  with_constant<kMostDots>(product.columns, [&](auto q) {
+    constexpr int rows = least(kDots / q.value, 8);
+    int64_t pixel = 0;
+    for (; pixel + rows <= product.pixels; pixel += rows) multiply_tile<rows, q.value>(product, pixel);
+    for (; pixel < product.pixels; ++pixel) multiply_tile<1, q.value>(product, pixel);
+  });
+}
+
 void multiply_planes(const PlaneProduct& product) {
   with_constant<kPlaneVectors>(product.vectors, [&](auto v) {
     for (int64_t column = 0; column < product.columns;) {
@@ -183,11 +229,6 @@ void multiply_planes(const PlaneProduct& product) {
     }
   });
 }
-
-typedef float Vector4 __attribute__((vector_size(16)));
-typedef float Unaligned4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float Vector8 __attribute__((vector_size(32)));
-typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 SMOOTHK_INLINE Vector8 pair(const float* low, const float* high) {
   const Vector4 a = *reinterpret_cast<const Unaligned4*>(low), b = *reinterpret_cast<const Unaligned4*>(high);
@@ -278,6 +319,7 @@ void finish(Dtype dtype, const float* from, int64_t from_pitch, const void* resi
 
 }  // namespace
 
-const LowRankConvKernels kLowRankConv = {kPlaneVectors, multiply_pixels, multiply_planes, transpose, widen, finish};
+const LowRankConvKernels kLowRankConv = {kPlaneVectors, multiply_pixels, multiply_dots, multiply_planes,
+                                         transpose,     widen,           finish};
 
 }  // namespace smoothk::cpu::SMOOTHK_ISA

@@ -8,7 +8,8 @@
 
 namespace smoothk::cpu {
 
-constexpr int64_t kPanel = 16;  // columns that packed weights have side by side: [panel][depth][kPanel]
+constexpr int64_t kPanel = 16;    // columns that packed weights have side by side: [panel][depth][kPanel]
+constexpr int64_t kMostDots = 8;  // columns that may be left over, and lie one after the other
 
 // What becomes of a sum, in this order.
 struct Epilogue {
@@ -33,6 +34,18 @@ struct PixelProduct {
   Epilogue epilogue;
 };
 
+// The same for a few columns: a whole panel would waste most of its vectors, so the sum itself goes by vectors.
+struct DotProduct {
+  const float* const* rows;
+  int64_t row_pitch, from;
+  int64_t pixels, runs, length;  // a multiple of kPanel
+  const float* weights;          // of a column its runs
+  int64_t run_pitch, column_pitch, columns;
+  float* out;
+  int64_t out_pitch;
+  bool accumulate;
+};
+
 // Channels whose pixels lie together: weights are read as scalars, for vectors of pixels.
 //
 //   out[n][i] = sum over taps t and c < channels of planes[c * plane_pitch + shifts[t] + i] * weights[t][c][n]
@@ -53,6 +66,7 @@ struct PlaneProduct {
 struct LowRankConvKernels {
   int64_t plane_vectors;  // at most in a PlaneProduct
   void (*multiply_pixels)(const PixelProduct& product);
+  void (*multiply_dots)(const DotProduct& product);
   void (*multiply_planes)(const PlaneProduct& product);
   // to[j][i] = from[i][j]
   void (*transpose)(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch);
