@@ -149,7 +149,7 @@ class Forward {
     steps_ = ceil_div(runs_ * pieces_, runs_per_step_);
 
     planes_out_ = !s_.spatial && output_layout_ == Layout::kChannelsFirst;
-    planes_in_ = planes_out_ && prefers_planes();
+    planes_in_ = prefers_planes();
     slices_ = !planes_in_ && splits_weights() ? kSlices : 1;
   }
 
@@ -218,12 +218,16 @@ class Forward {
                      : ceil_div((read_rows(rows) + 1) * plane_row() + block_, 2 * kPanel) * 2 * kPanel + kPanel;
   }
 
-  // Estimates both ways: tiles of one panel wait for loads, and so do vectors that are not aligned.
+  // Estimates both ways, in columns of multiplications at full speed. Tiles of one panel wait for loads, and so do
+  // vectors that are not aligned.
   bool prefers_planes() const {
-    if (input_layout_ != Layout::kChannelsFirst || s_.stride_h != 1 || s_.stride_w != 1) return false;
-    const double by_pixels = static_cast<double>(out_plane() * z_pitch()) * (s_.rank <= kPanel ? 2.0 : 1.1);
-    const double by_planes = static_cast<double>(s_.rank * padded(flat_size(s_.out_height))) * (one_tap() ? 1 : 1.25);
-    return first_.taps <= kMostTaps && by_planes < by_pixels;
+    if (s_.spatial || s_.stride_h != 1 || s_.stride_w != 1 || first_.taps > kMostTaps) return false;
+    const bool last = input_layout_ == Layout::kChannelsLast;
+    const double transposed = 11.0 / static_cast<double>(first_.taps), dots = static_cast<double>(first_.dots());
+    const double columns = static_cast<double>(padded(s_.rank - first_.dots()));
+    const double pixels = columns * (columns > kPanel ? 1.3 : 2.5) + dots * 2.5 + (last ? 0 : transposed);
+    const double planes = static_cast<double>(s_.rank) * (one_tap() ? 1.3 : 1.9) + (last ? transposed : 0);
+    return planes * static_cast<double>(padded(flat_size(s_.out_height))) < pixels * static_cast<double>(out_plane());
   }
 
   // Where there are few pixels, reading the weights takes the time: each thread reads its part.
@@ -240,14 +244,13 @@ class Forward {
   }
 
   Buffers buffers(int64_t rows) const {
-    const bool widens = a_.dtype != Dtype::kFloat32 && input_layout_ == Layout::kChannelsFirst && !planes_in_;
-    const int64_t table = planes_in_ ? 0 : std::max(runs_ * z_pixels(rows), second_.taps * out_pixels(rows));
+    const bool widens = a_.dtype != Dtype::kFloat32 && (input_layout_ == Layout::kChannelsLast) == planes_in_;
+    const int64_t table = planes_in_ ? block_ : std::max(runs_ * z_pixels(rows), second_.taps * out_pixels(rows));
     const int64_t band = planes_in_ ? s_.in_channels * plane_pitch(rows) : band_size(rows);
-    const int64_t widened = widens ? s_.in_channels * s_.width : 0;
-    const int64_t z = planes_in_ ? s_.rank * padded(flat_size(rows) + block_) : z_size(rows) + z_pitch();
-    const int64_t blocks = planes_out_ ? (out_pixels(rows) + block_) * s_.rank : 0;
-    const int64_t sums = block_ * padded(s_.out_channels),
-                  turned = block_ * std::max(padded(s_.out_channels), z_pitch());
+    const int64_t widened = widens ? s_.in_channels * std::max(s_.width, block_) : 0;
+    const int64_t z = planes_in_ ? z_pitch() * padded(flat_size(rows) + block_) : z_size(rows) + z_pitch();
+    const int64_t blocks = planes_in_ || planes_out_ ? (out_pixels(rows) + block_) * s_.rank : 0;
+    const int64_t sums = block_ * padded(s_.out_channels), turned = sums;
     Scratch& scratch = own_scratch;
     scratch.reserve(Scratch::bytes<const float*>(table) + Scratch::bytes<float>(band) + Scratch::bytes<float>(widened) +
                     Scratch::bytes<float>(z) + Scratch::bytes<float>(blocks) + Scratch::bytes<float>(sums) +
@@ -294,22 +297,22 @@ class Forward {
       if (one_tap()) {
         for (int64_t p = 0; p < pixels; p += block_) {
           const int64_t part = std::min(block_, pixels - p);
-          read_block(group, first + p, part, b.band);
+          read_pixels(group, first + p, part, b.band, block_, b.widened);
           multiply_first(group, b.band, band_pitch, part, b.blocks + p * s_.rank, block_);
         }
       } else {
-        read_planes(group, r, count, b.band, band_pitch);
+        read_planes(group, r, count, b, band_pitch);
         multiply_first(group, b.band, band_pitch, flat_size(count), b.z, z_row);
         close_gaps(b.z, z_row, count, b.blocks);
       }
-      if (a_.z) {
-        for (int64_t p = 0; p < pixels; p += block_) {
-          const int64_t part = std::min(block_, pixels - p);
-          kernels.transpose(b.blocks + p * s_.rank, block_, s_.rank, part, b.turned, z_pitch());
-          write_z(group, first + p, part, b.turned);
-        }
+      for (int64_t p = 0; p < pixels && (a_.z || !planes_out_); p += block_) {
+        const int64_t part = std::min(block_, pixels - p);
+        kernels.transpose(b.blocks + p * s_.rank, block_, s_.rank, part, b.z, z_pitch());
+        if (a_.z) write_z(group, first + p, part, b.z);
+        for (int64_t i = 0; i < part; ++i) b.table[i] = b.z + i * z_pitch();
+        if (!planes_out_) multiply_second(group, first + p, part, 0, s_.out_channels, b);
       }
-      multiply_blocks(group, first, pixels, b.blocks, 0, s_.out_channels, b.sums);
+      if (planes_out_) multiply_blocks(group, first, pixels, b.blocks, 0, s_.out_channels, b.sums);
     }
   }
 
@@ -396,27 +399,38 @@ class Forward {
     kernels.transpose(widened, width, c, width, to, c);
   }
 
-  // Pixels as they are, from the pixel `first` on.
-  void read_block(int64_t group, int64_t first, int64_t pixels, float* band) {
-    const int64_t plane = s_.height * s_.width;
-    const int64_t at = (first / plane * s_.groups + group) * s_.in_channels * plane + first % plane;
-    kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), plane, band, block_, s_.in_channels, pixels);
+  // Pixels that lie together, as planes.
+  void read_pixels(int64_t group, int64_t first, int64_t pixels, float* to, int64_t pitch, float* widened) {
+    const int64_t c = s_.in_channels, plane = s_.height * s_.width;
+    if (input_layout_ == Layout::kChannelsFirst) {
+      const int64_t at = (first / plane * s_.groups + group) * c * plane + first % plane;
+      return kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), plane, to, pitch, c, pixels);
+    }
+    const int64_t from_pitch = s_.groups * c;
+    const void* from = advance(a_.input, a_.dtype, first * from_pitch + group * c);
+    if (a_.dtype == Dtype::kFloat32) {
+      return kernels.transpose(static_cast<const float*>(from), from_pitch, pixels, c, to, pitch);
+    }
+    kernels.widen(a_.dtype, from, from_pitch, widened, c, pixels, c);
+    kernels.transpose(widened, c, pixels, c, to, pitch);
   }
 
-  // Rows that lie in one image, with their padding.
-  void read_planes(int64_t group, int64_t row, int64_t rows, float* band, int64_t band_pitch) {
+  // What rows of an image read, as planes with padding.
+  void read_planes(int64_t group, int64_t row, int64_t rows, const Buffers& b, int64_t band_pitch) {
     const int64_t image = row / s_.out_height, top = row % s_.out_height - s_.pad_h, pitch = plane_row();
     const int64_t begin = std::clamp<int64_t>(-top, 0, read_rows(rows));
     const int64_t end = std::clamp<int64_t>(s_.height - top, begin, read_rows(rows));
     const int64_t left = std::min(pad_w_, pitch), width = std::min(s_.width, pitch - left);
-    const int64_t plane = s_.height * s_.width;
-    for (int64_t c = 0; c < s_.in_channels; ++c, band += band_pitch) {
-      const int64_t at = ((image * s_.groups + group) * s_.in_channels + c) * plane + (top + begin) * s_.width;
-      float* to = band + begin * pitch + left;
-      std::fill(band, to, 0.0f);
-      kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), s_.width, to, pitch, end - begin, width);
+    float* const start = b.band + begin * pitch + left;
+    for (int64_t c = 0; c < s_.in_channels; ++c) {
+      float* to = start + c * band_pitch;
+      std::fill(b.band + c * band_pitch, to, 0.0f);
       for (int64_t y = begin; y < end; ++y, to += pitch) std::fill(to + width, to + pitch, 0.0f);
-      std::fill(to, band + band_pitch, 0.0f);
+      std::fill(to, b.band + (c + 1) * band_pitch, 0.0f);
+    }
+    for (int64_t y = begin; y < end; ++y) {
+      const int64_t first = (image * s_.height + top + y) * s_.width;
+      read_pixels(group, first, width, start + (y - begin) * pitch, band_pitch, b.widened);
     }
   }
 
