@@ -1,8 +1,9 @@
 // Low-rank convolution on the CPU: both convolutions band by band, so that z stays in cache.
 //
-// A band of the input is copied once, to channels last, float and with its padding. Then every tap is a matrix product
-// whose rows are pixels of the band where they lie. A sum has one order, runs of taps and channels within, whatever the
-// blocks: its bits do not depend on how the work is divided.
+// A band of the input is copied once, to float and with its padding. Then every tap is a matrix product that reads the
+// band where it lies, in one of two ways: pixels of all channels times vectors of columns, or, where these are few,
+// columns times vectors of pixels. A sum has one order, which the shape fixes, whatever the blocks: its bits do not
+// depend on how the work is divided.
 #include "../low_rank_conv.h"
 
 #include <algorithm>

@@ -9,10 +9,10 @@
 namespace smoothk::cpu::SMOOTHK_ISA {
 namespace {
 
-// Sums stay in registers: a tile is of rows, each a scalar at a time, times panels.
+// A tile of sums stays in registers: rows, of which scalars are read, times panels, of which vectors are.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kWidest = 4;
-constexpr int kRows[] = {0, 12, 12, 8, 6};  // by panels; a load for two multiplications is too many
+constexpr int kRows[] = {0, 12, 12, 8, 6};  // by panels
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kWidest = 1;
 constexpr int kRows[] = {0, 6};
@@ -23,8 +23,7 @@ constexpr int kRows[] = {0, 6};
 constexpr int kLanes = 4, kWidest = 1;
 constexpr int kRows[] = {0, 3};
 #endif
-constexpr int kPlaneVectors = kWidest < 3 ? kWidest : 3,
-              kPlaneRows = kRows[kPlaneVectors] < 8 ? kRows[kPlaneVectors] : 8;
+constexpr int kPlaneVectors = kWidest < 3 ? kWidest : 3, kPlaneRows = kRows[kPlaneVectors];
 constexpr int kDots = kLanes == 16 ? 24 : 12;  // sums in registers
 constexpr int kPerPanel = kPanel / kLanes;
 
@@ -42,7 +41,11 @@ SMOOTHK_INLINE void write(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p)
 SMOOTHK_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Loops over registers have to vanish.
+#ifdef __clang__
+#define SMOOTHK_UNROLL _Pragma("unroll")
+#else
 #define SMOOTHK_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 template <int R, int V>
 struct Tile {

@@ -34,12 +34,12 @@ struct PixelProduct {
   Epilogue epilogue;
 };
 
-// The same for a few columns: a whole panel would waste most of its vectors, so the sum itself goes by vectors.
+// The same for a few columns, of which a panel would waste most: vectors go along the depth instead.
 struct DotProduct {
   const float* const* rows;
   int64_t row_pitch, from;
   int64_t pixels, runs, length;  // a multiple of kPanel
-  const float* weights;          // of a column its runs
+  const float* weights;          // runs of the first column
   int64_t run_pitch, column_pitch, columns;
   float* out;
   int64_t out_pitch;
