@@ -123,16 +123,17 @@ void multiply_tile(const PixelProduct& product, int64_t pixel, int64_t panel) {
   }
 }
 
-SMOOTHK_INLINE float total(Vector4 x) {
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
-  return x[0] + x[1];
-}
-SMOOTHK_INLINE float total(Vector8 x) {
-  return total(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
-}
-SMOOTHK_INLINE float total(Vector16 x) {
-  return total(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+template <class V>
+SMOOTHK_INLINE float total(V x) {
+  if constexpr (sizeof(V) == sizeof(Vector16)) {
+    return total(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+  } else if constexpr (sizeof(V) == sizeof(Vector8)) {
+    return total(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
+  } else {
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
+    return x[0] + x[1];
+  }
 }
 
 template <int R, int Q>
