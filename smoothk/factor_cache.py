@@ -26,7 +26,7 @@ def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) 
     """``compute()``, or what it gave when it was last called for this ``kind`` and these factors as they are now."""
     if v.is_inference() or u.is_inference():  # torch does not count the writes to these
         return compute()
-    state = _state(v, u)
+    state = state_of(v, u)
     entry = _values.get(v, {}).get(kind)
     if entry is not None and entry[0]() is u and entry[1] == state:
         return entry[2]
@@ -37,7 +37,8 @@ def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) 
     return value
 
 
-def _state(v: Tensor, u: Tensor) -> tuple[int, ...]:
+def state_of(v: Tensor, u: Tensor) -> tuple[int, ...]:
+    """What changes when a factor does; see above."""
     places = v.data_ptr(), u.data_ptr()
     if v.is_cpu and v.is_contiguous() and u.is_contiguous() and backend.unavailable_reason("cpp") is None:
         sample = backend.extension().sample_bits

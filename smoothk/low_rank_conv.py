@@ -18,7 +18,8 @@ from torch import Tensor
 from . import backend as _backend
 from . import low_rank_cost, reference
 from .geometry import Geometry, channels_last, geometry_of, with_explicit_padding
-from .low_rank_ops import compute, finish
+from .low_rank_ops import compute, finish, kernel_arguments
+from .repeated_call import Memo, RepeatedCall
 
 METHODS = ("auto", "fused", "pair", "merged")
 _OP = "low_rank_conv"
@@ -45,15 +46,30 @@ def low_rank_conv(
     backend: str | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    memo: Memo | None = None,
 ) -> Tensor:
-    """`low_rank_conv2d` in ``axes`` dimensions, then ``residual``, of the output's shape, added, then ReLU."""
+    """`low_rank_conv2d` in ``axes`` dimensions, then ``residual`` added, then ReLU.
+
+    ``memo`` keeps the last call of a layer.
+    """
+    options = stride, padding, dilation, groups
+    if memo is not None and not torch.compiler.is_compiling():
+        call = memo.call
+        if call is not None and call.fits(input, v, u, bias, method, options, residual):
+            return call(input, residual, relu)
     _check_tensors(input, v, u, bias)
     bias_shape = None if bias is None else bias.shape
-    geometry = geometry_of(axes, input.shape, v.shape, u.shape, bias_shape, stride, padding, dilation, groups)
+    geometry = geometry_of(axes, input.shape, v.shape, u.shape, bias_shape, *options)
     batched = input.dim() == axes + 2
     if not batched:
         input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
-    y = _run(input, v, u, bias, residual, geometry, check_method(method), backend, relu)
+    differentiable = _differentiable(input, v, u, bias, residual)
+    chosen = _choose((input, v, u, bias), geometry, check_method(method), backend, differentiable)
+    y = _run(input, v, u, bias, residual, geometry, chosen, relu, differentiable)
+    if memo is not None and chosen == "fused" and batched and axes == 2 and not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and _autocast_dtype(input) is None:
+            arguments = kernel_arguments(input, v, u, geometry)
+            memo.call = RepeatedCall(input, v, u, bias, method, options, geometry.output, arguments)
     return y if batched else y.squeeze(0)
 
 
@@ -77,7 +93,9 @@ def low_rank_linear(
     geometry = geometry_of(0, rows.shape, v.shape, u.shape, None if bias is None else bias.shape, (), (), (), 1)
     if residual is not None and input.dim() != 2:
         residual = residual.reshape(-1, residual.shape[-1])
-    y = _run(rows, v, u, bias, residual, geometry, check_method(method), None, relu)
+    differentiable = _differentiable(rows, v, u, bias, residual)
+    chosen = _choose((rows, v, u, bias), geometry, check_method(method), None, differentiable)
+    y = _run(rows, v, u, bias, residual, geometry, chosen, relu, differentiable)
     return y if input.dim() == 2 else y.reshape(*input.shape[:-1], y.shape[-1])
 
 
@@ -95,6 +113,27 @@ def _check_tensors(input: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> 
         raise TypeError(f"input, v, u and bias must have one dtype outside autocast, got {names}")
 
 
+def _choose(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    geometry: Geometry,
+    method: str,
+    backend: str | None,
+    differentiable: bool,
+) -> str:
+    """``"fused"``, ``"pair"`` or ``"merged"``; ``"auto"`` where torch.compile leaves it to the operator."""
+    input, v, u, bias = tensors
+    if not _kernel_runs(method, backend, geometry, [v, u], [t for t in (input, bias) if t is not None]):
+        return "merged" if method == "merged" else "pair"
+    if differentiable and geometry.axes == 0:  # nothing is gained on two products
+        return "pair"
+    if method == "auto" and backend is not None:
+        return "fused"
+    if method == "auto" and not torch.compiler.is_compiling():
+        dtype = _autocast_dtype(input) or input.dtype
+        return low_rank_cost.fastest(geometry.flat, dtype, channels_last(input, v), differentiable)
+    return method
+
+
 def _run(
     input: Tensor,
     v: Tensor,
@@ -103,26 +142,15 @@ def _run(
     residual: Tensor | None,
     geometry: Geometry,
     method: str,
-    backend: str | None,
     relu: bool,
+    differentiable: bool,
 ) -> Tensor:
-    images = [t for t in (input, bias, residual) if t is not None]
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (v, u, *images))
     compiling = torch.compiler.is_compiling()
-    dtype = _autocast_dtype(input)
-    if not _kernel_runs(method, backend, geometry, [v, u], images):
-        method = "merged" if method == "merged" else "pair"
-    elif method == "auto" and backend is not None:
-        method = "fused"
-    elif method == "auto" and not compiling:
-        layout = channels_last(input, v)
-        method = low_rank_cost.fastest(geometry.flat, dtype or input.dtype, layout, differentiable)
-    if differentiable and geometry.axes == 0 and method != "merged":  # nothing is gained on two products
-        method = "pair"
     if method == "pair" or (method == "merged" and (differentiable or compiling or not _is_plain(v))):
         return finish(_by_library(input, v, u, bias, geometry, method), residual, relu)
     if residual is not None and residual.shape != geometry.output:  # broadcast
-        return finish(_run(input, v, u, bias, None, geometry, method, backend, False), residual, relu)
+        return finish(_run(input, v, u, bias, None, geometry, method, False, differentiable), residual, relu)
+    dtype = _autocast_dtype(input)
     if dtype is not None:
         input, bias, residual = (None if t is None else t.to(dtype) for t in (input, bias, residual))
     if not (differentiable or compiling):
@@ -135,6 +163,10 @@ def _run(
     if not differentiable:
         return op(input, v, u, bias, residual, *numbers, method, relu, False)[0]
     return finish(op(input, v, u, bias, None, *numbers, method, False, True)[0], residual, relu)
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _kernel_runs(

@@ -303,6 +303,45 @@ def test_what_is_kept_follows_the_factors(kind: str) -> None:
                 assert_close_rel(layer(x), expected(layer, x), torch.float32)
 
 
+def test_a_repeated_call_follows_what_is_changed() -> None:
+    """The second call of a layer takes a shorter way."""
+    layer = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), "fused")
+    x = torch.randn(2, 4, 8, 8)
+
+    def check(x: Tensor) -> None:
+        wanted = expected(layer, x)
+        for residual, relu in ((None, False), (torch.randn(wanted.shape), True), (torch.randn(6, 1, 1), False)):
+            added = wanted if residual is None else wanted + residual.double()
+            actual = layer.compute(x, residual, relu)
+            assert_close_rel(actual, added.relu() if relu else added, torch.float32)
+
+    with torch.no_grad():
+        layer(x)
+        first = layer._memo.call
+        layer(torch.randn_like(x))
+        assert layer._memo.call is first
+        check(x)
+        check(torch.randn_like(x))
+        for name, value in (("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2))):
+            setattr(layer, name, value)
+            check(x)
+        for other in (x[:1], x[..., :6], x.to(memory_format=torch.channels_last), x[0]):
+            check(other)
+            check(other)
+        layer.bias = nn.Parameter(torch.randn(6))
+        check(x)
+        layer.method = "merged"
+        assert not layer._memo.call.fits(x, layer.v, layer.u, layer.bias, "merged", layer._memo.call.options, None)
+        check(x)
+        layer.method = "fused"
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert copy.deepcopy(layer)._memo.call is None
+
+
 def test_writes_through_data_to_large_factors_are_seen() -> None:
     layer, x = with_method(smoothk.LowRankConv2d(64, 64, 3, 32, padding=1), "fused"), torch.randn(1, 64, 4, 4)
     with torch.no_grad():
