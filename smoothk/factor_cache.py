@@ -3,7 +3,7 @@ merged dense weight.
 
 A value is kept for as long as the tensor ``v`` lives. It is computed anew when a factor was replaced, moved, or written
 to: torch counts the writes to a tensor, all but those through ``.data``, for which the bits of up to 64 entries of each
-factor (all, of small ones) are compared as well.
+factor on the CPU (all, of small ones) are compared as well.
 """
 
 from __future__ import annotations
@@ -40,12 +40,22 @@ def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) 
 def state_of(v: Tensor, u: Tensor) -> tuple[int, ...]:
     """What changes when a factor does; see above."""
     places = v.data_ptr(), u.data_ptr()
-    if v.is_cpu and v.is_contiguous() and u.is_contiguous() and backend.unavailable_reason("cpp") is None:
+    if _is_dense(v) and _is_dense(u) and backend.unavailable_reason("cpp") is None:
         sample = backend.extension().sample_bits
         return v._version, u._version, *places, sample(places[0], v.nbytes), sample(places[1], u.nbytes)
     return v._version, u._version, *places, _sample(v), _sample(u)
 
 
+def _is_dense(factor: Tensor) -> bool:
+    """Whether it is on the CPU and fills the memory from its first entry to its last."""
+    if not factor.is_cpu:
+        return False
+    channels_last = factor.dim() == 4 and factor.is_contiguous(memory_format=torch.channels_last)
+    return factor.is_contiguous() or channels_last
+
+
 def _sample(factor: Tensor) -> int:
+    if not factor.is_cpu:  # nothing may wait for the device
+        return 0
     flat = factor.detach().reshape(-1)
     return hash(tuple(flat[:: max(1, flat.numel() // 64)].tolist()))
