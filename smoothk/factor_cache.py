@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backend
 
 _lock = threading.Lock()
-_values: WeakIdKeyDictionary = WeakIdKeyDictionary()  # v -> {kind: (weak reference to u, state, value)}
+_values: WeakIdKeyDictionary = WeakIdKeyDictionary()  # v -> {kind: value}
+
+
+def kept(v: Tensor, kind: Hashable) -> Any:
+    """What was kept of this ``kind`` for ``v``, or None."""
+    values = _values.get(v)
+    return None if values is None else values.get(kind)
+
+
+def keep(v: Tensor, kind: Hashable, value: Any) -> None:
+    """Keep ``value``, which must not hold ``v``, until ``v`` is gone or another takes its place."""
+    with _lock:
+        _values.setdefault(v, {})[kind] = value
 
 
 def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -27,13 +40,12 @@ def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) 
     if v.is_inference() or u.is_inference():  # torch does not count the writes to these
         return compute()
     state = state_of(v, u)
-    entry = _values.get(v, {}).get(kind)
+    entry = kept(v, kind)
     if entry is not None and entry[0]() is u and entry[1] == state:
         return entry[2]
     with torch.no_grad():
         value = compute()
-    with _lock:
-        _values.setdefault(v, {})[kind] = (weakref.ref(u), state, value)
+    keep(v, kind, (weakref.ref(u), state, value))
     return value
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .low_rank_conv import check_method, low_rank_conv, low_rank_linear
 from .reference import merged_weight
-from .repeated_call import Memo
 from .svd import full_rank, parameters_per_rank, rank_for_energy, squared_singular_values, truncated_factors
 from .unfolding import check_unfolding, matrix_shape
 
@@ -163,7 +162,6 @@ class _LowRankConvNd(_LowRank):
         self.padding_mode, self.output_padding = dense.padding_mode, dense.output_padding
         self._pad = list(dense._reversed_padding_repeated_twice)
         self.rank, self.scheme = rank, scheme
-        self._memo = Memo()
         ones = (1,) * self.axes
         kernel_v, kernel_u = self.kernel_size, ones
         if scheme == "spatial":
@@ -311,9 +309,8 @@ class _LowRankConvNd(_LowRank):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._pad, mode=self.padding_mode), 0
         options = self.stride, padding, self.dilation, self.groups
-        return low_rank_conv(
-            self.axes, input, self.v, self.u, self.bias, *options, self._method, None, residual, relu, self._memo
-        )
+        factors = self.v, self.u, self.bias
+        return low_rank_conv(self.axes, input, *factors, *options, self._method, residual=residual, relu=relu)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import backend as _backend
 from . import low_rank_cost, reference
+from .factor_cache import keep, kept
 from .geometry import Geometry, channels_last, geometry_of, with_explicit_padding
 from .low_rank_ops import compute, finish, kernel_arguments
-from .repeated_call import Memo, RepeatedCall
+from .repeated_call import RepeatedCall
 
 METHODS = ("auto", "fused", "pair", "merged")
 _OP = "low_rank_conv"
@@ -46,17 +47,13 @@ def low_rank_conv(
     backend: str | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
-    memo: Memo | None = None,
 ) -> Tensor:
-    """`low_rank_conv2d` in ``axes`` dimensions, then ``residual`` added, then ReLU.
-
-    ``memo`` keeps the last call of a layer.
-    """
+    """`low_rank_conv2d` in ``axes`` dimensions, then ``residual`` added, then ReLU."""
     options = stride, padding, dilation, groups
-    if memo is not None and not torch.compiler.is_compiling():
-        call = memo.call
-        if call is not None and call.fits(input, v, u, bias, method, options, residual):
-            return call(input, residual, relu)
+    repeatable = axes == 2 and backend is None and isinstance(v, Tensor) and not torch.compiler.is_compiling()
+    call = kept(v, RepeatedCall) if repeatable else None
+    if call is not None and call.fits(input, v, u, bias, method, options, residual):
+        return call(input, residual, relu)
     _check_tensors(input, v, u, bias)
     bias_shape = None if bias is None else bias.shape
     geometry = geometry_of(axes, input.shape, v.shape, u.shape, bias_shape, *options)
@@ -66,10 +63,9 @@ def low_rank_conv(
     differentiable = _differentiable(input, v, u, bias, residual)
     chosen = _choose((input, v, u, bias), geometry, check_method(method), backend, differentiable)
     y = _run(input, v, u, bias, residual, geometry, chosen, relu, differentiable)
-    if memo is not None and chosen == "fused" and batched and axes == 2 and not torch.is_grad_enabled():
-        if not torch.compiler.is_compiling() and _autocast_dtype(input) is None:
-            arguments = kernel_arguments(input, v, u, geometry)
-            memo.call = RepeatedCall(input, v, u, bias, method, options, geometry.output, arguments)
+    if repeatable and chosen == "fused" and batched and not torch.is_grad_enabled() and _autocast_dtype(input) is None:
+        arguments = kernel_arguments(input, v, u, geometry)
+        keep(v, RepeatedCall, RepeatedCall(input, v, u, bias, method, options, geometry.output, arguments))
     return y if batched else y.squeeze(0)
 
 

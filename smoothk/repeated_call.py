@@ -1,4 +1,4 @@
-"""The checks and choices of a layer's last call of smoothk's kernel, kept for the calls after it.
+"""The checks and choices of the last call of smoothk's kernel with a pair of factors, kept for the calls after it.
 
 On small images they take as long as the convolution. The call is made again, with the operator and nothing else, where
 the input is of the same kind, the factors are as they were, and nobody watches.
@@ -25,20 +25,6 @@ class RepeatedCall:
         arguments: of the operator from ``packed`` on: packed; then, after bias and residual, numbers; then the layout.
     """
 
-    __slots__ = (
-        "arguments",
-        "bias",
-        "dtype",
-        "method",
-        "options",
-        "output_shape",
-        "shape",
-        "state",
-        "stride",
-        "u",
-        "v",
-    )
-
     def __init__(
         self,
         input: Tensor,
@@ -50,7 +36,7 @@ class RepeatedCall:
         output_shape: tuple[int, ...],
         arguments: tuple[Tensor, tuple[Any, ...], bool],
     ) -> None:
-        self.v, self.u, self.bias, self.arguments = v, u, bias, arguments
+        self.u, self.bias, self.arguments = u, bias, arguments  # not v: the call is kept for as long as that lives
         self.method, self.options = method, options
         self.shape, self.stride, self.dtype, self.output_shape = input.shape, input.stride(), input.dtype, output_shape
         self.state = state_of(v, u)
@@ -65,14 +51,13 @@ class RepeatedCall:
         options: tuple[Any, ...],
         residual: Tensor | None,
     ) -> bool:
-        """Whether a call with these would end in the same operator with the same arguments."""
+        """Whether a call with these, and the same v, would end in the same operator with the same arguments."""
         return (
             type(input) is Tensor
             and input.shape == self.shape
             and input.stride() == self.stride
             and input.dtype is self.dtype
             and input.is_cpu
-            and v is self.v
             and u is self.u
             and bias is self.bias
             and method == self.method
@@ -89,15 +74,3 @@ class RepeatedCall:
         packed, numbers, channels_last = self.arguments
         op = torch.ops.smoothk.low_rank_conv_fused
         return op(input, packed, self.bias, residual, *numbers, relu, channels_last, False)[0]
-
-
-class Memo:
-    """Holds a layer's last call; empty in a copy of the layer and after pickling."""
-
-    __slots__ = ("call",)
-
-    def __init__(self) -> None:
-        self.call: RepeatedCall | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Memo, ()
