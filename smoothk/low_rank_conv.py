@@ -18,7 +18,7 @@ from torch import Tensor
 from . import backend as _backend
 from . import low_rank_cost, reference
 from .factor_cache import keep, kept
-from .geometry import Geometry, channels_last, geometry_of, with_explicit_padding
+from .geometry import Geometry, geometry_of, with_explicit_padding
 from .low_rank_ops import compute, finish, kernel_arguments
 from .repeated_call import RepeatedCall
 
@@ -120,13 +120,13 @@ def _choose(
     input, v, u, bias = tensors
     if not _kernel_runs(method, backend, geometry, [v, u], [t for t in (input, bias) if t is not None]):
         return "merged" if method == "merged" else "pair"
-    if differentiable and geometry.axes == 0:  # nothing is gained on two products
+    if geometry.axes == 0 and (differentiable or method == "auto"):  # the library's two products are as fast
         return "pair"
     if method == "auto" and backend is not None:
         return "fused"
     if method == "auto" and not torch.compiler.is_compiling():
         dtype = _autocast_dtype(input) or input.dtype
-        return low_rank_cost.fastest(geometry.flat, dtype, channels_last(input, v), differentiable)
+        return low_rank_cost.fastest(geometry.flat, dtype, differentiable)
     return method
 
 

@@ -38,7 +38,7 @@ def compute(
         geometry: of the call, ``padding`` as numbers where ``with_z``.
     """
     if method == "auto":
-        method = low_rank_cost.fastest(geometry.flat, input.dtype, channels_last(input, v), with_z)
+        method = low_rank_cost.fastest(geometry.flat, input.dtype, with_z)
     if method == "fused":
         return _fused(input, v, u, bias, residual, geometry, relu, with_z)
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups

@@ -16,11 +16,13 @@
 namespace smoothk::cpu {
 namespace {
 
-constexpr int64_t kBandBytes = 384 << 10;  // of the input: half an L2 cache is left for weights and output
-constexpr int64_t kStepBytes = 32 << 10;   // of weights or planes, that stay in L1
-constexpr int64_t kGrain = 256 << 10;      // multiplications that pay for a thread
-constexpr int64_t kSlices = 4;             // of the depth, where each weight is read by one thread
-constexpr int64_t kMostTaps = 49;          // of planes
+constexpr int64_t kBandBytes = 384 << 10;      // of the input: half an L2 cache is left for weights and output
+constexpr int64_t kStepBytes = 32 << 10;       // of weights or planes, that stay in L1
+constexpr int64_t kGrain = 256 << 10;          // multiplications that pay for a thread
+constexpr int64_t kSlices = 4;                 // of the depth, where each weight is read by one thread
+constexpr int64_t kMostTaps = 49;              // of planes
+constexpr int64_t kMostBlocks = 8;             // of pixels that go to a plane one after the other
+constexpr int64_t kTogetherBytes = 128 << 10;  // of z that these have, in L2
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -601,38 +603,52 @@ class Forward {
     }
   }
 
-  // The same for channels-first output, from blocks of z.
+  // The same for channels-first output, from blocks of z: several at once, so that a plane gets many pixels in a row,
+  // as far as they stay in cache.
   void multiply_blocks(int64_t group, int64_t first, int64_t pixels, const float* blocks, int64_t begin, int64_t end,
                        float* sums) {
+    const int64_t block_bytes = block_ * std::max<int64_t>(s_.rank, 1) * static_cast<int64_t>(sizeof(float));
+    const int64_t together = std::clamp<int64_t>(kTogetherBytes / block_bytes, 1, kMostBlocks);
+    const int64_t columns = together > 1 ? kPanel : end - begin;
+    for (int64_t p = 0, count; p < pixels; p += count) {
+      count = std::min(together * block_, pixels - p);
+      for (int64_t column = begin; column < end; column += columns) {
+        const int64_t last = std::min(column + columns, end);
+        for (int64_t q = p; q < p + count; q += block_) {
+          multiply_block(group, first + q, std::min(block_, p + count - q), blocks + q * s_.rank, column, last, sums);
+        }
+      }
+    }
+  }
+
+  void multiply_block(int64_t group, int64_t first, int64_t pixels, const float* block, int64_t begin, int64_t end,
+                      float* sums) {
     const int64_t channel = group * s_.out_channels + begin, shift = 0;
     PlaneProduct product{};
+    product.planes = block;
     product.plane_pitch = block_;
     product.shifts = &shift;
+    product.vectors = ceil_div(pixels, kPanel);
     product.taps = 1;
     product.channels = s_.rank;
     product.panels = second_weights(group) + begin * s_.rank;
     product.panel_pitch = s_.rank * kPanel;
     product.columns = end - begin;
-    for (int64_t p = 0; p < pixels; p += block_) {
-      const int64_t count = std::min(block_, pixels - p);
-      product.planes = blocks + p * s_.rank;
-      product.vectors = ceil_div(count, kPanel);
-      product.out = sums;
-      product.out_pitch = block_;
-      product.epilogue = {bias_of(group, begin), nullptr, false};
-      const bool whole = count % kPanel == 0 && (first + p) % out_plane() + count <= out_plane();
-      for_images(first + p, count, channel, [&](int64_t at, int64_t i, int64_t run) {
-        if (a_.dtype == Dtype::kFloat32 && whole) {
-          product.out = static_cast<float*>(a_.output) + at;
-          product.out_pitch = out_plane();
-          product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
-          product.epilogue.relu = a_.relu;
-          return kernels.multiply_planes(product);
-        }
-        if (i == 0) kernels.multiply_planes(product);
-        finish(sums + i, block_, at, out_plane(), end - begin, run);
-      });
-    }
+    product.out = sums;
+    product.out_pitch = block_;
+    product.epilogue = {bias_of(group, begin), nullptr, false};
+    const bool whole = pixels % kPanel == 0 && first % out_plane() + pixels <= out_plane();
+    for_images(first, pixels, channel, [&](int64_t at, int64_t i, int64_t run) {
+      if (a_.dtype == Dtype::kFloat32 && whole) {
+        product.out = static_cast<float*>(a_.output) + at;
+        product.out_pitch = out_plane();
+        product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
+        product.epilogue.relu = a_.relu;
+        return kernels.multiply_planes(product);
+      }
+      if (i == 0) kernels.multiply_planes(product);
+      finish(sums + i, block_, at, out_plane(), end - begin, run);
+    });
   }
 
   // f(offset in the output, offset in the block, pixels) for the parts of a block that lie in one image each.
