@@ -2,9 +2,9 @@
 
 Compressed sides are checked against the compressed network in float64, dense ones against the dense network. The
 library's sides get what it offers: channels_last, and batch norm folded into the convolution before it; so does the
-pair, as plain torch layers. ``smoothk, optimised`` is what `smoothk.optimize_for_inference` makes of the network. Before
-every sample of inference the side runs once untimed: the caches hold what they hold in a loop over images, not the
-weights of the side before.
+pair, as plain torch layers. ``smoothk, optimised`` is what `smoothk.optimize_for_inference` makes of the network.
+Before every sample of inference the side runs once untimed: the caches hold what they hold in a loop over images, not
+the weights of the side before.
 """
 
 from __future__ import annotations
