@@ -1,6 +1,7 @@
 """Everything there is to measure on one CUDA GPU, in one command that needs no network.
 
-    PYTHONPATH=. python benchmarks/gpu.py --out DIR [--only check ceilings difference graphs step nuclear] [--dry-run]
+    PYTHONPATH=. python benchmarks/gpu.py --out DIR [--only check ceilings difference graphs step nuclear low_rank_conv]
+                                        [--dry-run]
 
 Not yet run on a GPU. A checkout will do, installed or not; CuPy is used where it is installed. The kernels are compared
 with float64 first. Every command of a part is a process of its own with a time limit, so that a kernel that hangs or
@@ -44,6 +45,9 @@ class Command:
     minutes: float
 
 
+LOW_RANK = "--dtype bfloat16 --layout channels_last"
+
+
 def _bench(text: str, minutes: float) -> Command:
     return Command("bench.py", tuple(text.split()), minutes)
 
@@ -69,6 +73,11 @@ PARTS: dict[str, list[Command]] = {
     "graphs": [_bench("difference --gate-only --sides fused --reruns 1000", 5)],
     "step": [_bench("step --budget 60", 5)],
     "nuclear": [_bench("nuclear --set resnet18 --budget 60", 8), _bench("nuclear --set vit_b16 --budget 60", 8)],
+    "low_rank_conv": [
+        _bench(f"low_rank_conv {LOW_RANK} --networks resnet18_cifar --batches 1 8 --gate-only --sides fused", 4),
+        _bench(f"low_rank_conv {LOW_RANK} --networks resnet18_cifar --batches 128 --budget 3", 8),
+        _bench(f"low_rank_conv {LOW_RANK} --networks resnet50 --batches 32 --budget 3", 8),
+    ],
 }
 
 
