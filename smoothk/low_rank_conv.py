@@ -63,9 +63,11 @@ def low_rank_conv(
     differentiable = _differentiable(input, v, u, bias, residual)
     chosen = _choose((input, v, u, bias), geometry, check_method(method), backend, differentiable)
     y = _run(input, v, u, bias, residual, geometry, chosen, relu, differentiable)
-    if repeatable and chosen == "fused" and batched and not torch.is_grad_enabled() and _autocast_dtype(input) is None:
-        arguments = kernel_arguments(input, v, u, geometry)
-        keep(v, RepeatedCall, RepeatedCall(input, v, u, bias, method, options, geometry.output, arguments))
+    counted = not (v.is_inference() or u.is_inference())  # see factor_cache
+    if repeatable and counted and chosen == "fused" and batched and not torch.is_grad_enabled():
+        if _autocast_dtype(input) is None:
+            arguments = kernel_arguments(input, v, u, geometry)
+            keep(v, RepeatedCall, RepeatedCall(input, v, u, bias, method, options, geometry.output, arguments))
     return y if batched else y.squeeze(0)
 
 
@@ -87,8 +89,10 @@ def low_rank_linear(
     _check_tensors(input, v, u, bias)
     rows = input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input
     geometry = geometry_of(0, rows.shape, v.shape, u.shape, None if bias is None else bias.shape, (), (), (), 1)
-    if residual is not None and input.dim() != 2:
-        residual = residual.reshape(-1, residual.shape[-1])
+    if residual is not None:
+        if residual.shape != (*input.shape[:-1], u.shape[0]):  # broadcast
+            return finish(low_rank_linear(input, v, u, bias, method), residual, relu)
+        residual = residual.reshape(-1, u.shape[0])
     differentiable = _differentiable(rows, v, u, bias, residual)
     chosen = _choose((rows, v, u, bias), geometry, check_method(method), None, differentiable)
     y = _run(rows, v, u, bias, residual, geometry, chosen, relu, differentiable)
@@ -118,7 +122,7 @@ def _choose(
 ) -> str:
     """``"fused"``, ``"pair"`` or ``"merged"``; ``"auto"`` where torch.compile leaves it to the operator."""
     input, v, u, bias = tensors
-    if not _kernel_runs(method, backend, geometry, [v, u], [t for t in (input, bias) if t is not None]):
+    if not _kernel_runs(method, backend, geometry, [t for t in (input, v, u, bias) if t is not None]):
         return "merged" if method == "merged" else "pair"
     if geometry.axes == 0 and (differentiable or method == "auto"):  # the library's two products are as fast
         return "pair"
@@ -144,11 +148,13 @@ def _run(
     compiling = torch.compiler.is_compiling()
     if method == "pair" or (method == "merged" and (differentiable or compiling or not _is_plain(v))):
         return finish(_by_library(input, v, u, bias, geometry, method), residual, relu)
-    if residual is not None and residual.shape != geometry.output:  # broadcast
-        return finish(_run(input, v, u, bias, None, geometry, method, False, differentiable), residual, relu)
     dtype = _autocast_dtype(input)
+    if residual is not None:
+        kind = geometry.output, dtype or input.dtype, input.device
+        if (residual.shape, residual.dtype, residual.device) != kind:  # broadcast or promoted
+            return finish(_run(input, v, u, bias, None, geometry, method, False, differentiable), residual, relu)
     if dtype is not None:
-        input, bias, residual = (None if t is None else t.to(dtype) for t in (input, bias, residual))
+        input, bias = (None if t is None else t.to(dtype) for t in (input, bias))
     if not (differentiable or compiling):
         return compute(input, v, u, bias, residual, geometry, method, relu)[0]
     if dtype is not None:
@@ -165,18 +171,16 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _kernel_runs(
-    method: str, backend: str | None, geometry: Geometry, factors: list[Tensor], images: list[Tensor]
-) -> bool:
+def _kernel_runs(method: str, backend: str | None, geometry: Geometry, tensors: list[Tensor]) -> bool:
     """Whether smoothk's kernel can be used; raises where one is asked for by name and cannot."""
     if backend is None:
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # exported programs hold library calls only
         if method in ("pair", "merged") or geometry.axes > 2 or exporting:
             return False
-    if all(tensor.dtype == factors[0].dtype for tensor in images):
-        chosen = {_backend.choose(_OP, backend, [*factors, *images])}
+    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
+        chosen = {_backend.choose(_OP, backend, tensors)}
     else:  # autocast will see to it
-        chosen = {_backend.choose(_OP, backend, tensors) for tensors in (factors, images)}
+        chosen = {_backend.choose(_OP, backend, [tensor]) for tensor in tensors}
     if backend not in (None, "torch"):
         if method in ("pair", "merged"):
             raise ValueError(f"method must be 'auto' or 'fused' with backend {backend!r}, got {method!r}")

@@ -62,7 +62,15 @@ class RepeatedCall:
             and bias is self.bias
             and method == self.method
             and options == self.options
-            and (residual is None or (type(residual) is Tensor and residual.shape == self.output_shape))
+            and (
+                residual is None
+                or (
+                    type(residual) is Tensor
+                    and residual.shape == self.output_shape
+                    and residual.dtype is self.dtype
+                    and residual.is_cpu
+                )
+            )
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
             and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
             and torch._C._functorch.peek_interpreter_stack() is None
