@@ -5,22 +5,29 @@ The model is read by `torch.fx`; parts of it that cannot be are left as they are
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .compress import deep_copy
-from .layers import Conv, LowRankLinear, _LowRank, _LowRankConvNd
+from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, _LowRank
+from .low_rank_ops import finish
 
+# Exact types: a subclass, which a parametrization makes too, may compute something else.
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LOW_RANK_CONVS = (LowRankConv1d, LowRankConv2d, LowRankConv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
 class LowRankReLU(nn.Module):
@@ -31,7 +38,9 @@ class LowRankReLU(nn.Module):
         self.layer, self.relu = layer, relu
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.layer.compute(input, residual, self.relu)
+        if residual is not None and not isinstance(residual, Tensor):  # torch.fx cannot tell a number from a tensor
+            return finish(self.layer(input), residual, self.relu)
+        return self.layer(input, residual, self.relu)
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
@@ -46,7 +55,9 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; left untouched. What `torch.fx` can trace becomes a `torch.fx.GraphModule`; of a model with
-            control flow on values only the parts that can be traced are changed.
+            control flow on values, or with an argument that may be None, only the parts that can be traced are
+            changed, and the rest can do nothing with these but call them. A linear layer followed by batch norm gets
+            ``[N, features]``.
 
     Returns:
         A model in evaluation mode whose parameters need no gradient, with the outputs of ``model.eval()`` to rounding.
@@ -60,7 +71,22 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     return _optimize(deep_copy(model).eval().requires_grad_(False))
 
 
+class _Proxy(fx.Proxy):
+    """Keeps ``x += y`` what it is: torch.fx makes ``x = x + y`` of it, and another name of x would miss the sum."""
+
+
+def _in_place(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda x, y: x.tracer.create_proxy("call_function", getattr(operator, name), (x, y), {})
+
+
+for _name in _IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _LowRank) or super().is_leaf_module(module, name)
 
@@ -70,6 +96,8 @@ def _optimize(model: nn.Module) -> nn.Module:
         return model
     tracer = _Tracer()
     try:
+        if any(p.default is None for p in inspect.signature(model.forward).parameters.values()):
+            raise TypeError("torch.fx takes an argument for a tensor where the default is None")
         graph = tracer.trace(model)
     except Exception:  # whatever a forward that needs values does with a proxy
         for name, child in model.named_children():
@@ -87,10 +115,13 @@ def _optimize(model: nn.Module) -> nn.Module:
 
 
 def _fold_batch_norms(traced: fx.GraphModule, modules: dict[str, nn.Module], calls: Counter[int]) -> None:
+    read = {node.target.rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
     for node in list(traced.graph.nodes):
         norm, before = _module_of(node, modules), _only_input(node)
         layer = _module_of(before, modules)
-        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or layer is None or len(before.users) > 1:
+        if layer is None or type(norm) not in _NORMS or norm.running_mean is None or len(before.users) > 1:
+            continue
+        if before.target in read or _has_hooks(layer) or _has_hooks(norm):
             continue
         folded = _folded(layer, norm) if calls[id(layer)] == calls[id(norm)] == 1 else None
         if folded is None:
@@ -102,18 +133,17 @@ def _fold_batch_norms(traced: fx.GraphModule, modules: dict[str, nn.Module], cal
         traced.graph.erase_node(node)
 
 
-def _folded(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
-    """``layer`` followed by ``norm`` as one layer; None where that is not known how."""
-    if isinstance(layer, _LowRank):
-        return _folded_low_rank(layer, norm)
-    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+    """A copy of ``layer`` followed by ``norm`` as one layer; None where that is not known how."""
+    kind, linear = type(layer), type(norm) is nn.BatchNorm1d and getattr(layer, "out_features", 0) == norm.num_features
+    if kind in _LOW_RANK_CONVS or (kind is LowRankLinear and linear):
+        return _folded_low_rank(copy.deepcopy(layer), norm)  # a part that is not traced may use it, too
+    if kind is nn.Linear and linear:
         return fuse_linear_bn_eval(layer, norm)
-    if isinstance(layer, Conv) and not isinstance(layer, _ConvTransposeNd):
-        return fuse_conv_bn_eval(layer, norm)
-    return None
+    return fuse_conv_bn_eval(layer, norm) if kind in _CONVS else None
 
 
-def _folded_low_rank(layer: _LowRank, norm: _BatchNorm) -> _LowRank:
+def _folded_low_rank(layer: _LowRank, norm: nn.Module) -> _LowRank:
     """The affine map goes into u and the bias, in float32 at least."""
     with torch.no_grad():
         wide = torch.promote_types(layer.u.dtype, torch.float32)
@@ -140,12 +170,17 @@ def _fuse_activations(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> 
         before = _only_input(node)
         call, residual = before, None
         if before is not None and _is_addition(before) and len(before.users) == 1:
-            call = next((a for a in before.args if _can_finish(a, modules, with_residual=True)), None)
+            # Written in place is at most the layer's result, which nothing else sees.
+            summands = before.args[: 1 if _writes(before, modules) else 2]
+            call = next((a for a in summands if _can_finish(a, node, modules, before)), None)
             residual = None if call is None else before.args[before.args[0] is call]
-        if not _can_finish(call, modules, residual is not None):
+        if not _can_finish(call, node, modules, None if residual is None else before):
             continue
         name = f"{call.target}_relu" if residual is None else f"{call.target}_add_relu"
-        traced.add_submodule(name, LowRankReLU(modules[call.target], relu=True))
+        while name in modules:
+            name += "_"
+        modules[name] = LowRankReLU(modules[call.target], relu=True)
+        traced.add_submodule(name, modules[name])
         with traced.graph.inserting_before(node):  # both operands of the addition are there
             arguments = (*call.args, *call.kwargs.values()) if residual is None else (_only_input(call), residual)
             fused = traced.graph.call_module(name, arguments)
@@ -154,11 +189,35 @@ def _fuse_activations(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> 
             traced.graph.erase_node(dead)
 
 
-def _can_finish(node: Any, modules: dict[str, nn.Module], with_residual: bool) -> bool:
-    """Whether ``node`` calls a low-rank layer whose result has no other use."""
-    layer = _module_of(node, modules)
-    kinds = _LowRankConvNd if with_residual else _LowRankConvNd | LowRankLinear
-    return isinstance(layer, kinds) and len(node.users) == 1 and _only_input(node) is not None
+def _can_finish(call: Any, relu: fx.Node, modules: dict[str, nn.Module], addition: fx.Node | None) -> bool:
+    """Whether ``call`` is that of a low-rank layer, its result has no other use, and it could as well be made where
+    ``relu`` is."""
+    layer = _module_of(call, modules)
+    kinds = _LOW_RANK_CONVS if addition is not None else (*_LOW_RANK_CONVS, LowRankLinear)
+    if type(layer) not in kinds or _has_hooks(layer) or len(call.users) > 1 or _only_input(call) is None:
+        return False
+    between = call.next
+    while between is not relu:
+        if between is not addition and _writes(between, modules):
+            return False
+        between = between.next
+    return True
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` may change a tensor that it gets."""
+    if node.op == "call_module":
+        return any(getattr(module, "inplace", False) for module in modules[node.target].modules())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    flags = (*node.args, node.kwargs.get("inplace"))  # F.relu(x, True)
+    named = name in (*_IN_PLACE, "setitem") or (name.endswith("_") and not name.endswith("__"))
+    return named or "out" in node.kwargs or any(flag is True for flag in flags)
 
 
 def _module_of(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -177,7 +236,8 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return node.target in ("relu", "relu_")
     if node.op == "call_function":
         return node.target in _RELUS
-    return isinstance(_module_of(node, modules), nn.ReLU)
+    module = _module_of(node, modules)
+    return type(module) is nn.ReLU and not _has_hooks(module)
 
 
 def _is_addition(node: fx.Node) -> bool:

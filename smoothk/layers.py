@@ -298,13 +298,9 @@ class _LowRankConvNd(_LowRank):
         grouped = u.reshape(self.groups, -1, self.kernel_size[1], self.rank)
         return grouped.transpose(2, 3).reshape(self.u.shape)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[N, C_in, *size]`` to ``[N, C_out, *size_out]``, as the dense layer with weight `weight`."""
-        return self.compute(input)
-
-    def compute(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """`forward`, then ``residual`` added and ReLU applied, as far as asked for, in one pass where there is a
-        kernel."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """``[N, C_in, *size]`` to ``[N, C_out, *size_out]``, as the dense layer with weight `weight`; then ``residual``
+        added and ReLU applied, as far as asked for, in one pass where there is a kernel."""
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._pad, mode=self.padding_mode), 0
@@ -468,13 +464,9 @@ class LowRankLinear(_LowRank):
         """Shape of `weight`, known without computing it."""
         return (self.out_features, self.in_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
-        return self.compute(input)
-
-    def compute(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """`forward`, then ``residual`` added and ReLU applied, as far as asked for, in one pass where there is a
-        kernel."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``; then ``residual`` added and ReLU applied, as far as asked
+        for, in one pass where there is a kernel."""
         return low_rank_linear(input, self.v, self.u, self.bias, self.method, residual=residual, relu=relu)
 
     def extra_repr(self) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import smoothk
@@ -115,6 +117,167 @@ class Forms(nn.Module):
 def test_what_cannot_be_fused_stays_right() -> None:
     fast = check(with_statistics(Forms()), torch.randn(2, 4, 6, 6))
     assert count(fast, nn.BatchNorm2d) == 4
+
+
+class Rewriting(nn.Module):
+    """What is written in place is read later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.dense = nn.Conv2d(4, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, form: str) -> Tensor:
+        x = x * 2
+        kept, y = x, self.conv(x)
+        if form == "iadd":
+            x += y
+            return x.relu() + kept
+        if form == "add_":
+            return x.add_(y).relu() + kept
+        if form == "operator":
+            x *= 3
+        elif form == "method":
+            x.mul_(3)
+        elif form == "function":
+            F.relu(x, True)
+        elif form == "module":
+            x = self.relu(x)
+        return torch.relu(y + self.dense(x)) if form == "module" else F.relu(y) + kept
+
+
+class Fixed(nn.Module):
+    def __init__(self, model: nn.Module, *arguments: object) -> None:
+        super().__init__()
+        self.model, self.arguments = model, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, *self.arguments)
+
+
+@pytest.mark.parametrize("form", ["iadd", "add_", "operator", "method", "function", "module"])
+def test_what_is_written_in_place_is_read_as_before(form: str) -> None:
+    check(Fixed(Rewriting(), form), torch.randn(2, 4, 6, 6))
+
+
+def test_the_usual_in_place_forms_are_fused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.relu(self.conv(x))
+            y = self.conv(y)
+            y += x
+            return self.relu(y)
+
+    assert count(check(Block(), torch.randn(2, 4, 6, 6)), LowRankReLU) == 2
+
+
+class Shared(nn.Module):
+    """One layer in two parts of a model that cannot be traced as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.first, self.second = (nn.Sequential(conv, nn.BatchNorm2d(4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x) if x.mean() > 1e3 else self.first(x) + self.second(x)
+
+
+def test_a_layer_that_parts_of_the_model_share() -> None:
+    assert count(check(with_statistics(Shared()), torch.randn(2, 4, 6, 6)), nn.BatchNorm2d) == 0
+
+
+class Named(nn.Module):
+    """Has names that those of new modules could be taken for, and a number that torch.fx takes for a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = smoothk.LowRankConv2d(4, 4, 3, 2, padding=1)
+        self.other = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv_relu = nn.ReLU()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv_relu(self.other(self.conv_relu(self.conv(x)))))
+        y = (self.conv(y) + x.size(0)).relu()
+        return self.norm(self.other(y)) + self.other.weight.sum()
+
+
+def test_names_and_numbers() -> None:
+    check(with_statistics(Named()), torch.randn(2, 4, 6, 6))
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(smoothk.LowRankConv2d(4, 4, 3, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.body(x)
+        return x if mask is None else x * mask
+
+
+def test_an_argument_that_may_be_none() -> None:
+    model, x = with_statistics(Optional()), torch.randn(2, 4, 6, 6)
+    fast = check(model, x)
+    assert count(fast, LowRankReLU) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, x), model.eval()(x, x), rtol=1e-4, atol=1e-5)
+
+
+def spectral(layer: nn.Module, name: str = "weight") -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(layer, name)
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(_double)
+    return module
+
+
+def _double(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output * 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [spectral(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4), nn.ReLU()],
+        lambda: [spectral(smoothk.LowRankConv2d(4, 4, 3, 2), "u"), nn.BatchNorm2d(4), nn.ReLU()],
+        lambda: [hooked(smoothk.LowRankConv2d(4, 4, 3, 2)), nn.BatchNorm2d(4)],
+        lambda: [hooked(smoothk.LowRankConv2d(4, 4, 3, 2)), nn.ReLU()],
+        lambda: [smoothk.LowRankConv2d(4, 4, 3, 2), hooked(nn.BatchNorm2d(4)), nn.ReLU()],
+        lambda: [smoothk.LowRankConv2d(4, 4, 3, 2), hooked(nn.ReLU())],
+        lambda: [nn.Flatten(2), nn.Linear(36, 7), nn.BatchNorm1d(4)],
+        lambda: [nn.Flatten(2), smoothk.LowRankLinear(36, 7, 2), nn.BatchNorm1d(4)],
+    ],
+    ids=[
+        "parametrized",
+        "parametrized u",
+        "hook",
+        "hook, ReLU",
+        "norm's hook",
+        "ReLU's hook",
+        "linear",
+        "low-rank linear",
+    ],
+)
+def test_layers_that_stay_as_they_are(make: Callable[[], list[nn.Module]]) -> None:
+    model = with_statistics(nn.Sequential(*make())).eval()
+    assert {type(m) for m in check(model, torch.randn(2, 4, 6, 6)).children()} == {type(m) for m in model}
+
+
+def test_an_optimised_model_can_be_tuned_and_optimised_again() -> None:
+    model = nn.Sequential(smoothk.LowRankConv2d(4, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.randn(2, 4, 6, 6)
+    fast = check(with_statistics(model), x)
+    assert len(smoothk.tune(fast, x, budget=0.01, verbose=False).rows) == 1
+    check(fast, x)
 
 
 class Branching(nn.Module):

@@ -105,16 +105,34 @@ def test_residual_and_relu_in_one_call() -> None:
             layer.method = method
             for grad in (False, True):
                 with torch.set_grad_enabled(grad):
-                    assert_close_rel(layer.compute(x, residual, True), added.relu(), torch.float32)
-                    assert_close_rel(layer.compute(x, None, True), plain.relu(), torch.float32)
-                    assert_close_rel(layer.compute(x, residual), added, torch.float32)
+                    assert_close_rel(layer(x, residual, True), added.relu(), torch.float32)
+                    assert_close_rel(layer(x, None, True), plain.relu(), torch.float32)
+                    assert_close_rel(layer(x, residual), added, torch.float32)
 
 
 def test_a_residual_that_is_broadcast() -> None:
     layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), "fused"), torch.randn(2, 4, 5, 5)
     residual = torch.randn(6, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(layer.compute(x, residual), layer(x) + residual)
+        torch.testing.assert_close(layer(x, residual), layer(x) + residual)
+
+
+@pytest.mark.parametrize("method", ["fused", "pair", "merged"])
+def test_a_residual_of_another_kind(method: str) -> None:
+    """Torch's rules of broadcasting and promotion hold by every method, in a layer's first call and in later ones."""
+    layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), method), torch.randn(2, 4, 5, 5)
+    residual = torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            assert layer(x, residual, True).dtype == torch.float32
+            assert layer(x, residual.double(), True).dtype == torch.float64
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(x, residual).dtype == torch.float32
+                assert layer(x, residual.bfloat16()).dtype == torch.bfloat16
+    linear, x = with_method(smoothk.LowRankLinear(4, 6, 2), method), torch.randn(2, 3, 4)
+    for size in ((3, 6), (2, 1, 6), (3, 1), ()):
+        residual = torch.randn(size)
+        torch.testing.assert_close(linear(x, residual), linear(x) + residual)
 
 
 OP_ARGUMENTS = [
@@ -264,6 +282,25 @@ def test_autocast(method: str) -> None:
         assert layer.v.grad.dtype == torch.float32
 
 
+def test_autocast_of_half_precision_input_has_a_kernel() -> None:
+    """As all layers but the first get it: the input is bfloat16 and the parameters are float32."""
+    x, v, u, bias = torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1), torch.randn(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = smoothk.low_rank_conv2d(x.bfloat16(), v, u, bias, backend="cpp")
+    wanted = smoothk.low_rank_conv2d(x.double(), v.double(), u.double(), bias.double())
+    assert (y.double() - wanted).norm() < 2e-2 * wanted.norm()
+
+
+def test_a_layer_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        layer = with_method(smoothk.LowRankConv2d(4, 6, 3, 2), "fused")
+        x = torch.randn(1, 4, 5, 5)
+        for _ in range(2):
+            wanted = smoothk.low_rank_conv2d(x, layer.v, layer.u, layer.bias, method="pair")
+            torch.testing.assert_close(layer(x), wanted)
+            layer.v.mul_(2)
+
+
 @torch_deprecations
 def test_transforms_and_forward_derivatives_use_the_pair() -> None:
     layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), "fused"), torch.randn(3, 4, 5, 5)
@@ -313,7 +350,7 @@ def test_a_repeated_call_follows_what_is_changed() -> None:
         wanted = expected(layer, x)
         for residual, relu in ((None, False), (torch.randn(wanted.shape), True), (torch.randn(6, 1, 1), False)):
             added = wanted if residual is None else wanted + residual.double()
-            actual = layer.compute(x, residual, relu)
+            actual = layer(x, residual, relu)
             assert_close_rel(actual, added.relu() if relu else added, torch.float32)
 
     with torch.no_grad():
@@ -416,7 +453,7 @@ def test_nan_comes_through() -> None:
     with torch.no_grad():
         y = layer(x)
         assert torch.equal(y.isnan(), with_method(layer, "pair")(x).isnan())
-        assert with_method(layer, "fused").compute(x, relu=True).isnan().sum() == y.isnan().sum()
+        assert with_method(layer, "fused")(x, relu=True).isnan().sum() == y.isnan().sum()
 
 
 def test_an_image_with_gaps_and_one_past_two_to_the_31() -> None:
