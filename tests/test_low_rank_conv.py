@@ -136,6 +136,17 @@ def test_values_of_the_kernel(case: Case, layout: torch.memory_format) -> None:
         assert_close_rel(y, case.run(*wide, backend="torch"), dtype)
 
 
+@needs_cpp
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 3), (2, 5), (3, 7)])
+def test_strides_that_leave_out_rows_of_several_images(kernel: int, stride: int) -> None:
+    v, u = torch.randn(20, 24, kernel, 2), torch.randn(30, 20, 1, 1)
+    for batch in (1, 2, 3, 8):
+        x = torch.randn(batch, 24, 17, 9)
+        y = smoothk.low_rank_conv2d(x, v, u, stride=(stride, 1), backend="cpp")
+        wide = smoothk.low_rank_conv2d(x.double(), v.double(), u.double(), stride=(stride, 1))
+        assert_close_rel(y, wide, torch.float32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_those_of_the_product(case: Case) -> None:
     """The derivative along a direction, by the central difference of the NumPy loops."""

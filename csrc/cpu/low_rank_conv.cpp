@@ -203,8 +203,8 @@ class Forward {
   int64_t read_rows(int64_t rows) const { return (rows - 1) * row_stride_ + reach_h_; }
   int64_t band_size(int64_t rows) const {
     if (in_place_) return 0;
-    const int64_t images = std::min(rows, (rows - 1) / s_.out_height + 2);
-    return ((rows - images) * row_stride_ + images * reach_h_) * row_pitch_;
+    const int64_t images = std::min(rows, (rows - 1) / s_.out_height + 2);  // at most: strides may be the longer ones
+    return ((rows - images) * row_stride_ + images * std::max(reach_h_, row_stride_)) * row_pitch_;
   }
 
   bool one_tap() const {
