@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Sizes = tuple[int, ...]
+_MOST_COPIED = 1 << 26  # entries, of float32 in the kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,15 @@ class Geometry:
         """Of two axes, what the kernel's operator takes: v_shape, u_shape, stride, padding, dilation, output_size,
         groups."""
         return self.v, self.u, self.stride, self.leading_padding(), self.dilation, self.output[2:], self.groups
+
+    @cached_property
+    def fits_kernel(self) -> bool:
+        """Whether what one row of the output reads, with its padding, is small enough to be copied. Far dilation in a
+        padding as wide reads a few entries and mostly zeros."""
+        flat = self.flat
+        reach = flat.dilation[0] * (flat.kernel[0] - 1) + 1
+        width = flat.input[3] + (flat.total_padding()[1] if flat.scheme == "channel" else 0)
+        return flat.v[1] * reach * width <= _MOST_COPIED
 
     def leading_padding(self) -> Sizes:
         """Zeros before the first entry of every axis; torch puts the odd one of ``"same"`` behind the last."""
@@ -110,6 +120,8 @@ def _check(
     for name, shape in (("v", v), ("u", u)):
         if len(shape) != axes + 2:
             raise ValueError(f"{name} must have {axes + 2} dimensions for a {axes}d convolution, got {list(shape)}")
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty, got {list(shape)}")
     if len(input) not in (axes + 1, axes + 2):
         raise ValueError(f"input must have {axes + 1} or {axes + 2} dimensions, got {list(input)}")
     if groups < 1:

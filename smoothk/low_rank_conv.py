@@ -186,7 +186,12 @@ def _kernel_runs(method: str, backend: str | None, geometry: Geometry, tensors: 
             raise ValueError(f"method must be 'auto' or 'fused' with backend {backend!r}, got {method!r}")
         if geometry.axes > 2:
             raise _backend.BackendUnavailable(f"backend {backend!r} cannot run {_OP}: it has no 3-d kernel")
-    return "torch" not in chosen
+        if not (torch.compiler.is_compiling() or geometry.fits_kernel):
+            raise _backend.BackendUnavailable(
+                f"backend {backend!r} cannot run {_OP}: its kernel does not reach that far"
+            )
+    # Of symbolic sizes the operator decides.
+    return "torch" not in chosen and (torch.compiler.is_compiling() or geometry.fits_kernel)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -39,7 +39,7 @@ def compute(
     """
     if method == "auto":
         method = low_rank_cost.fastest(geometry.flat, input.dtype, with_z)
-    if method == "fused":
+    if method == "fused" and geometry.fits_kernel:
         return _fused(input, v, u, bias, residual, geometry, relu, with_z)
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     z = None

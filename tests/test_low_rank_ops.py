@@ -190,6 +190,49 @@ def test_the_kernels_operators_check_what_protects_memory() -> None:
         torch.ops.smoothk.low_rank_conv_pack(v, u, 2)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stride": [2**62, 1]},
+        {"dilation": [2**62, 2**62]},
+        {"padding": [2**62, 2**62]},
+        {"v": [-2, 4, 3, 3], "u": [6, -2, 1, 1]},
+        {"v": [0, 4, 3, 3], "u": [6, 0, 1, 1]},
+        {"v": [2**60, 4, 1, 1], "u": [16, 2**60, 1, 1], "packed": 0},
+        {"v": [4, 4, 2**60, 1], "u": [16, 4, 1, 1], "packed": 256},
+        {"v": [2**62, 4, 3, 3], "u": [2**61, 1, 1, 1], "groups": 2**62},
+    ],
+    ids=str,
+)
+def test_the_kernels_operator_refuses_sizes_that_overflow(changes: dict) -> None:
+    v, u = changes.get("v", [2, 4, 3, 3]), changes.get("u", [6, 2, 1, 1])
+    packed = torch.ops.smoothk.low_rank_conv_pack(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 1)
+    packed = torch.zeros(changes["packed"]) if "packed" in changes else packed
+    numbers = [changes.get(name, [1, 1]) for name in ("stride", "padding", "dilation")]
+    options = v, u, *numbers, [3, 3], changes.get("groups", 1), False, False, False
+    with pytest.raises(RuntimeError, match="must"):
+        torch.ops.smoothk.low_rank_conv_fused(torch.randn(1, 4, 5, 5), packed, None, None, *options)
+
+
+def test_sizes_that_the_kernel_leaves_to_the_library() -> None:
+    tensors = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1)
+    for far in (30_000, 2**61):
+        options = {"padding": far, "dilation": far}
+        y = smoothk.low_rank_conv2d(*tensors, **options, method="fused")
+        torch.testing.assert_close(y, smoothk.low_rank_conv2d(*tensors, **options, method="pair"))
+        with pytest.raises(BackendUnavailable, match="does not reach that far"):
+            smoothk.low_rank_conv2d(*tensors, **options, backend="cpp")
+        rest = [1, 1], [far] * 2, [far] * 2, 1, "fused", False, False
+        assert torch.equal(torch.ops.smoothk_torch.low_rank_conv(*tensors, None, None, *rest)[0], y)
+
+
+def test_an_image_without_pixels_gives_the_bias() -> None:
+    x, bias = torch.randn(1, 512, 4, 0), torch.randn(16)
+    for v, u in (((80, 512, 3, 1), (16, 80, 1, 3)), ((80, 512, 3, 3), (16, 80, 1, 1))):
+        y = smoothk.low_rank_conv2d(x, torch.randn(v), torch.randn(u), bias, padding=(1, 2), method="fused")
+        assert torch.equal(y, bias[:, None, None].expand(1, 16, 4, 2))
+
+
 @torch_deprecations
 def test_compiled_without_a_graph_break_for_every_batch_size(fused_everywhere: None) -> None:
     torch._dynamo.reset()

@@ -236,7 +236,7 @@ class Forward {
   // Where there are few pixels, reading the weights takes the time: each thread reads its part.
   bool splits_weights() const {
     const int64_t weights = first_.size() * sizeof(float), band = band_size(rows_) * sizeof(float);
-    return rows_ > 0 && steps_ >= kSlices && weights > kBandBytes && band <= kBandBytes && weights > 2 * band;
+    return z_pixels(rows_) > 0 && steps_ >= kSlices && weights > kBandBytes && band <= kBandBytes && weights > 2 * band;
   }
 
   void widen_bias(float* bias) {
