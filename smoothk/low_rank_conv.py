@@ -19,7 +19,7 @@ from . import backend as _backend
 from . import low_rank_cost, reference
 from .factor_cache import keep, kept
 from .geometry import Geometry, geometry_of, with_explicit_padding
-from .low_rank_ops import compute, finish, kernel_arguments
+from .low_rank_ops import compute, finish
 from .repeated_call import RepeatedCall
 
 METHODS = ("auto", "fused", "pair", "merged")
@@ -53,7 +53,7 @@ def low_rank_conv(
     repeatable = axes == 2 and backend is None and isinstance(v, Tensor) and not torch.compiler.is_compiling()
     call = kept(v, RepeatedCall) if repeatable else None
     if call is not None and call.fits(input, v, u, bias, method, options, residual):
-        return call(input, residual, relu)
+        return call(input, v, residual, relu)
     _check_tensors(input, v, u, bias)
     bias_shape = None if bias is None else bias.shape
     geometry = geometry_of(axes, input.shape, v.shape, u.shape, bias_shape, *options)
@@ -63,12 +63,19 @@ def low_rank_conv(
     differentiable = _differentiable(input, v, u, bias, residual)
     chosen = _choose((input, v, u, bias), geometry, check_method(method), backend, differentiable)
     y = _run(input, v, u, bias, residual, geometry, chosen, relu, differentiable)
-    counted = not (v.is_inference() or u.is_inference())  # see factor_cache
-    if repeatable and counted and chosen == "fused" and batched and not torch.is_grad_enabled():
-        if _autocast_dtype(input) is None:
-            arguments = kernel_arguments(input, v, u, geometry)
-            keep(v, RepeatedCall, RepeatedCall(input, v, u, bias, method, options, geometry.output, arguments))
+    if repeatable and batched and _can_be_kept(chosen, geometry, input, v, u, bias):
+        call = RepeatedCall(input, v, u, bias, method, options, geometry, chosen == "fused")
+        keep(v, RepeatedCall, call)
     return y if batched else y.squeeze(0)
+
+
+def _can_be_kept(chosen: str, geometry: Geometry, input: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> bool:
+    """Whether `RepeatedCall` knows this kind of call."""
+    if torch.is_grad_enabled() or _autocast_dtype(input) is not None or not input.is_cpu:
+        return False
+    if chosen == "fused":
+        return geometry.fits_kernel and not (v.is_inference() or u.is_inference())  # see factor_cache
+    return chosen == "pair" and all(_is_plain(tensor) for tensor in (input, v, u, bias) if tensor is not None)
 
 
 def low_rank_linear(

@@ -1,7 +1,7 @@
-"""The checks and choices of the last call of smoothk's kernel with a pair of factors, kept for the calls after it.
+"""The checks and choices of the last convolution with a pair of factors, kept for those after it.
 
-On small images they take as long as the convolution. The call is made again, with the operator and nothing else, where
-the input is of the same kind, the factors are as they were, and nobody watches.
+On small images they take as long as the convolution. The call is made again, by the same method and with nothing else,
+where the input is of the same kind, the factors are as they were, and nobody watches.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import reference
 from .factor_cache import state_of
+from .geometry import Geometry
+from .low_rank_ops import finish, kernel_arguments
 
 
 class RepeatedCall:
-    """A call of the kernel on a batch of images, without gradients.
+    """A call on a batch of images, without gradients, that was made by the kernel or as two library convolutions.
 
     Args:
-        input, v, u, bias: of the call that was made.
+        input, v, u, bias: of that call.
         method, options: that were asked for.
-        output_shape: of its result.
-        arguments: of the operator from ``packed`` on: packed; then, after bias and residual, numbers; then the layout.
+        geometry: of the call.
+        fused: whether the kernel made it.
     """
 
     def __init__(
@@ -33,13 +36,14 @@ class RepeatedCall:
         bias: Tensor | None,
         method: str,
         options: tuple[Any, ...],
-        output_shape: tuple[int, ...],
-        arguments: tuple[Tensor, tuple[Any, ...], bool],
+        geometry: Geometry,
+        fused: bool,
     ) -> None:
-        self.u, self.bias, self.arguments = u, bias, arguments  # not v: the call is kept for as long as that lives
-        self.method, self.options = method, options
-        self.shape, self.stride, self.dtype, self.output_shape = input.shape, input.stride(), input.dtype, output_shape
-        self.state = state_of(v, u)
+        self.u, self.bias = u, bias  # not v: the call is kept for as long as that lives
+        self.method, self.options, self.geometry = method, options, geometry
+        self.shape, self.stride, self.dtype = input.shape, input.stride(), input.dtype
+        self.output_shape = geometry.output
+        self.kernel = (kernel_arguments(input, v, u, geometry), state_of(v, u)) if fused else None
 
     def fits(
         self,
@@ -62,23 +66,23 @@ class RepeatedCall:
             and bias is self.bias
             and method == self.method
             and options == self.options
-            and (
-                residual is None
-                or (
-                    type(residual) is Tensor
-                    and residual.shape == self.output_shape
-                    and residual.dtype is self.dtype
-                    and residual.is_cpu
-                )
-            )
+            and (residual is None or self._takes(residual))
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
             and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
             and torch._C._functorch.peek_interpreter_stack() is None
             and forward_ad._current_level < 0
-            and state_of(v, u) == self.state
+            and (self.kernel is None or state_of(v, u) == self.kernel[1])
         )
 
-    def __call__(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        packed, numbers, channels_last = self.arguments
+    def _takes(self, residual: Tensor) -> bool:
+        same = residual.shape == self.output_shape and residual.dtype is self.dtype
+        return type(residual) is Tensor and same and residual.is_cpu
+
+    def __call__(self, input: Tensor, v: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        if self.kernel is None:
+            g = self.geometry
+            options = g.stride, g.padding, g.dilation, g.groups, g.scheme
+            return finish(reference.low_rank_conv(input, v, self.u, self.bias, *options), residual, relu)
+        (packed, numbers, channels_last), _ = self.kernel
         op = torch.ops.smoothk.low_rank_conv_fused
         return op(input, packed, self.bias, residual, *numbers, relu, channels_last, False)[0]

@@ -384,9 +384,10 @@ def test_what_is_kept_follows_the_factors(kind: str) -> None:
                 assert_close_rel(layer(x), expected(layer, x), torch.float32)
 
 
-def test_a_repeated_call_follows_what_is_changed() -> None:
+@pytest.mark.parametrize("method", ["fused", "pair"])
+def test_a_repeated_call_follows_what_is_changed(method: str) -> None:
     """The second call of a layer takes a shorter way."""
-    layer = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), "fused")
+    layer = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), method)
     x = torch.randn(2, 4, 8, 8)
 
     def check(x: Tensor) -> None:
