@@ -161,7 +161,7 @@ def _check(
     return Geometry(geometry.scheme, batched, v, u, output, strides, paddings, dilations, groups)
 
 
-_check_once = lru_cache(maxsize=4096)(_check)
+_check_once = lru_cache(maxsize=4096, typed=True)(_check)  # stride 1.0 is refused, whether 1 came before or not
 
 
 def _per_axis(value: Any, name: str, axes: int, least: int) -> Sizes:

@@ -295,6 +295,14 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
         smoothk.low_rank_conv2d(**arguments)
 
 
+def test_a_number_of_another_type_is_refused_after_its_equal() -> None:
+    x, v, u = map(torch.zeros, (X, V, U))
+    smoothk.low_rank_conv2d(x, v, u, stride=1)
+    for stride in (1.0, True):
+        with pytest.raises(TypeError, match=f"stride must be an int or 2 ints, got {stride}"):
+            smoothk.low_rank_conv2d(x, v, u, stride=stride)
+
+
 def test_factors_must_be_floating_point() -> None:
     for name, dtype in (("v", torch.int32), ("u", torch.complex64)):
         tensors = {"input": torch.zeros(X), "v": torch.zeros(V), "u": torch.zeros(U)}
