@@ -46,14 +46,16 @@ def tune(model: nn.Module, example_input: Any, *, budget: float = 0.2, verbose: 
     calls = _calls(model, example_input)
     if not calls:
         raise ValueError("model must have a low-rank layer that the example input reaches, got none")
-    rows = []
+    rows, methods = [], {}
     for name, inputs in calls.items():
         layer = model.get_submodule(name)
         times = _time_methods(layer, inputs, budget)
-        layer.method = min(times, key=times.get)
+        methods[layer] = min(times, key=times.get)
         sizes = " ".join("x".join(map(str, x.shape)) for x in inputs)
         milliseconds = [1e3 * times[m] if m in times else None for m in _METHODS]
-        rows.append([name, sizes, layer.rank, *milliseconds, layer.method])
+        rows.append([name, sizes, layer.rank, *milliseconds, methods[layer]])
+    for layer, method in methods.items():  # all or, if something failed, none
+        layer.method = method
     table = Table(["layer", "input", "rank", *(f"{m} ms" for m in _METHODS), "method"], rows)
     if verbose:
         print(table)
@@ -119,5 +121,6 @@ def _time_methods(layer: _LowRank, inputs: list[Tensor], budget: float) -> dict[
 
 
 def _has_kernel(layer: _LowRank, inputs: list[Tensor]) -> bool:
-    tensors = [t for t in (inputs[0], layer.v, layer.u, layer.bias) if t is not None]
-    return getattr(layer, "axes", 0) < 3 and backend.choose("low_rank_conv", None, tensors) != "torch"
+    tensors = [t for t in (inputs[0], layer.v, layer.u, layer.bias) if t is not None]  # under autocast, of two dtypes
+    chosen = {backend.choose("low_rank_conv", None, [tensor]) for tensor in tensors}
+    return getattr(layer, "axes", 0) < 3 and "torch" not in chosen

@@ -61,6 +61,26 @@ def test_real_times_and_a_quiet_call(capsys: pytest.CaptureFixture) -> None:
         assert row[6] == min(measured, key=measured.get)
 
 
+def test_a_failure_changes_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(layer: nn.Module, inputs: list, budget: float) -> dict[str, float]:
+        if isinstance(layer, smoothk.LowRankLinear):
+            raise MemoryError
+        return {"pair": 1.0}
+
+    monkeypatch.setattr(tuning, "_time_methods", times)
+    net = model()
+    with pytest.raises(MemoryError):
+        smoothk.tune(net, torch.randn(2, 3, 8, 8))
+    assert [net[i].method for i in (0, 3, 5)] == ["auto"] * 3
+
+
+@pytest.mark.skipif(not FUSED, reason="the C++ extension is not built")
+def test_every_method_is_timed_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        table = smoothk.tune(model(), torch.randn(2, 3, 8, 8), budget=0.01, verbose=False)
+    assert all(time is not None for row in table.rows for time in row[3:6])
+
+
 def test_a_layer_called_with_several_sizes() -> None:
     conv = smoothk.LowRankConv2d(3, 3, 3, 2, padding=1)
     net = nn.Sequential(conv, nn.MaxPool2d(2), conv, conv)
