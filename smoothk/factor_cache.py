@@ -3,7 +3,8 @@ merged dense weight.
 
 A value is kept for as long as the tensor ``v`` lives. It is computed anew when a factor was replaced, moved, or written
 to: torch counts the writes to a tensor, all but those through ``.data``, for which the bits of up to 64 entries of each
-factor on the CPU (all, of small ones) are compared as well.
+factor on the CPU (all, of small ones) are compared as well. On other devices, where that would wait, such writes go
+unnoticed.
 """
 
 from __future__ import annotations

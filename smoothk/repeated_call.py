@@ -43,7 +43,8 @@ class RepeatedCall:
         self.method, self.options, self.geometry = method, options, geometry
         self.shape, self.stride, self.dtype = input.shape, input.stride(), input.dtype
         self.output_shape = geometry.output
-        self.kernel = (kernel_arguments(input, v, u, geometry), state_of(v, u)) if fused else None
+        # The state comes first: what is written to a factor from here on, by another thread, is noticed.
+        self.kernel = (state_of(v, u), kernel_arguments(input, v, u, geometry)) if fused else None
 
     def fits(
         self,
@@ -71,7 +72,7 @@ class RepeatedCall:
             and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
             and torch._C._functorch.peek_interpreter_stack() is None
             and forward_ad._current_level < 0
-            and (self.kernel is None or state_of(v, u) == self.kernel[1])
+            and (self.kernel is None or state_of(v, u) == self.kernel[0])
         )
 
     def _takes(self, residual: Tensor) -> bool:
@@ -83,6 +84,6 @@ class RepeatedCall:
             g = self.geometry
             options = g.stride, g.padding, g.dilation, g.groups, g.scheme
             return finish(reference.low_rank_conv(input, v, self.u, self.bias, *options), residual, relu)
-        (packed, numbers, channels_last), _ = self.kernel
+        _, (packed, numbers, channels_last) = self.kernel
         op = torch.ops.smoothk.low_rank_conv_fused
         return op(input, packed, self.bias, residual, *numbers, relu, channels_last, False)[0]

@@ -16,7 +16,7 @@ from conftest import assert_close_rel
 from torch import Tensor, nn
 
 import smoothk
-from smoothk import factor_cache, low_rank_cost
+from smoothk import factor_cache, low_rank_cost, repeated_call
 from smoothk.backend import BackendUnavailable, unavailable_reason
 from smoothk.layers import _LowRank
 from smoothk.repeated_call import RepeatedCall
@@ -420,6 +420,22 @@ def test_a_repeated_call_follows_what_is_changed(method: str) -> None:
     assert x.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_write_while_a_call_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2), "fused"), torch.randn(1, 4, 5, 5)
+    arguments = repeated_call.kernel_arguments
+
+    def written_to(*call: object) -> object:
+        result = arguments(*call)
+        layer.v.mul_(2)  # as by another thread
+        return result
+
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(repeated_call, "kernel_arguments", written_to)
+        layer(x)
+    with torch.no_grad():
+        assert_close_rel(layer(x), expected(layer, x), torch.float32)
 
 
 def test_writes_through_data_to_large_factors_are_seen() -> None:
