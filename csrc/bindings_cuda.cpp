@@ -27,7 +27,7 @@ int64_t blocks(const Ints& v, const Ints& u, const Ints& input, const Ints& stri
                const Ints& dilation, const Ints& output_size, int64_t groups, const std::string& dtype, bool with_z,
                int64_t multiprocessors, int64_t shared_limit) {
   smoothk::LowRankConvArguments arguments;
-  arguments.shape = smoothk::cuda::conv_shape(v, u, groups, input, stride, padding, dilation, output_size);
+  arguments.shape = smoothk::conv_shape(v, u, groups, input, stride, padding, dilation, output_size);
   arguments.dtype = dtype_of(dtype);
   arguments.input_layout = arguments.output_layout = smoothk::Layout::kChannelsLast;
   alignas(16) static char aligned[16];

@@ -38,6 +38,20 @@ inline LowRankConvShape factors_shape(const std::vector<int64_t>& v, const std::
           .spatial = spatial};
 }
 
+// The shape of a call on an `input` of these sizes.
+inline LowRankConvShape conv_shape(const std::vector<int64_t>& v, const std::vector<int64_t>& u, int64_t groups,
+                                   const std::vector<int64_t>& input, const std::vector<int64_t>& stride,
+                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                   const std::vector<int64_t>& output_size) {
+  LowRankConvShape shape = factors_shape(v, u, groups);
+  shape.batch = input[0], shape.height = input[2], shape.width = input[3];
+  shape.out_height = output_size[0], shape.out_width = output_size[1];
+  shape.stride_h = stride[0], shape.stride_w = stride[1];
+  shape.pad_h = padding[0], shape.pad_w = padding[1];
+  shape.dilation_h = dilation[0], shape.dilation_w = dilation[1];
+  return shape;
+}
+
 struct LowRankConvArguments {
   LowRankConvShape shape = {};
   Dtype dtype = Dtype::kFloat32;  // of input, residual, output, z and bias; sums are float32

@@ -12,29 +12,14 @@
 #include <vector>
 
 #include "cuda/low_rank_conv.h"
+#include "ops_low_rank_conv.h"
 
 namespace smoothk {
 namespace {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-using Ints = std::vector<int64_t>;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "dtype must be float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
 
 Ints sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
@@ -43,13 +28,6 @@ void check(const char* name, const Tensor& tensor, const Ints& sizes, const Tens
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.get_device_index() &&
                       tensor.scalar_type() == input.scalar_type() && sizes_of(tensor) == sizes,
                   name, " must be on the input's device, of its dtype and of the right shape");
-}
-
-void check_factors(const Ints& v, const Ints& u, int64_t groups) {
-  STD_TORCH_CHECK(v.size() == 4 && u.size() == 4, "v and u must have 4 dimensions");
-  STD_TORCH_CHECK(groups > 0 && v[0] == groups * u[1] && u[0] % groups == 0 && u[2] == 1 && (u[3] == 1 || v[3] == 1),
-                  "v and u must be [groups*r, c_in, k_h, k_w] and [c_out, r, 1, 1], or [groups*r, c_in, k_h, 1] and "
-                  "[c_out, r, 1, k_w]");
 }
 
 Tensor empty_like(const Tensor& tensor, const Ints& sizes, MemoryFormat format = MemoryFormat::Contiguous) {
@@ -95,12 +73,9 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
                                                const Ints& padding, const Ints& dilation, const Ints& output_size,
                                                int64_t groups, bool relu, bool channels_last, bool with_z) {
   check_factors(v_shape, u_shape, groups);
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && output_size.size() == 2,
-                  "stride, padding, dilation and output_size must be two numbers");
-  STD_TORCH_CHECK(input.is_cuda() && input.dim() == 4 && input.size(1) == groups * v_shape[1],
-                  "input must be [N, groups*c_in, H, W] on a CUDA device");
+  STD_TORCH_CHECK(input.is_cuda(), "input must be on a CUDA device");
   LowRankConvArguments arguments;
-  arguments.shape = cuda::conv_shape(v_shape, u_shape, groups, sizes_of(input), stride, padding, dilation, output_size);
+  arguments.shape = checked_shape(input, v_shape, u_shape, groups, stride, padding, dilation, output_size);
   arguments.dtype = dtype_of(input), arguments.relu = relu;
   arguments.input_layout = arguments.output_layout = Layout::kChannelsLast;
   const LowRankConvShape& shape = arguments.shape;

@@ -20,13 +20,11 @@ from .backend import BackendUnavailable, info  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .compress import CompressionResult, compress, factorize, recalibrate_batch_norm  # noqa: E402
 from .functional import difference_penalty, nuclear_norm  # noqa: E402
-from .inference import optimize_for_inference  # noqa: E402
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
 from .low_rank_conv import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d  # noqa: E402
 from .penalties import SmoothnessPenalty  # noqa: E402
 from .rank_plan import RankPlan  # noqa: E402
 from .ranks import plan_ranks  # noqa: E402
-from .tuning import tune  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",
@@ -53,3 +51,13 @@ __all__ = [
     "save",
     "tune",
 ]
+
+_LAZY = {"optimize_for_inference": "inference", "tune": "tuning"}  # imported when they are first asked for
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

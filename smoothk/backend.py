@@ -42,7 +42,7 @@ KERNEL_DTYPES = {
 }
 
 _lock = threading.RLock()
-_reasons: dict[str, str | None] = {"torch": None}  # backend -> why it is missing, None where it is there
+_reasons: dict[str, str | None] = {}  # backend -> why it is missing, None where it is there
 
 
 class BackendUnavailable(RuntimeError):
@@ -95,7 +95,7 @@ def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor], grads:
 def _obstacle(op: str, name: str, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``tensors``, or None where it can."""
     if name == "torch":
-        return None
+        return unavailable_reason(name)
     if name not in IMPLEMENTATIONS[op]:
         return unavailable_reason(name) or f"it has no {op} kernel; use one of {', '.join(IMPLEMENTATIONS[op])}"
     if name in ("triton", "cuda"):  # loaded first: only then is Triton's device known
@@ -146,6 +146,12 @@ def extension() -> ModuleType:
     return sys.modules["smoothk._C"]
 
 
+def _load_torch() -> str | None:
+    ops = importlib.import_module("smoothk.ops")
+    ops.register_polar_factors(ops.TORCH, ops.reference.polar_factors)
+    return None
+
+
 def _load_cpp() -> str | None:
     record = _build_record()
     # Only in this package's own folder: from a second checkout, an editable install's finder would offer the first's.
@@ -163,6 +169,7 @@ def _load_cpp() -> str | None:
     ops = importlib.import_module("smoothk.ops")
     ops.register("smoothk")
     ops.register_low_rank_conv()
+    importlib.import_module("smoothk.low_rank_ops").register()
     return None
 
 
@@ -198,7 +205,7 @@ def _load_triton() -> str | None:
     return None
 
 
-_LOADERS = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}
+_LOADERS = {"torch": _load_torch, "cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}
 
 
 def _build_record() -> dict[str, Any]:

@@ -191,11 +191,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[A
     return grad_input, grad_v, grad_u, grad_bias, *(None for _ in range(8))
 
 
-torch.library.define(
-    NAME,
-    "(Tensor input, Tensor v, Tensor u, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, int groups, str method, bool relu, bool with_z) -> (Tensor, Tensor)",
-)
-torch.library.impl(NAME, "default", _kernel)
-register_fake(NAME, _fake)
-register_autograd(NAME, _backward, setup_context=_save)
+def register() -> None:
+    """Define the operator; once, when a kernel is first there for it to run."""
+    torch.library.define(
+        NAME,
+        "(Tensor input, Tensor v, Tensor u, Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, "
+        "SymInt[] dilation, int groups, str method, bool relu, bool with_z) -> (Tensor, Tensor)",
+    )
+    torch.library.impl(NAME, "default", _kernel)
+    register_fake(NAME, _fake)
+    register_autograd(NAME, _backward, setup_context=_save)

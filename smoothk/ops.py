@@ -141,6 +141,3 @@ def _backward_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         along = torch.stack(along)
         seconds = torch.autograd.grad(grad @ along, weights, create_graph=keep_graph, materialize_grads=True)
     return along, list(seconds), *(None for _ in ctx.options)
-
-
-register_polar_factors(TORCH, reference.polar_factors)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import smoothk
 from smoothk import polar
+from smoothk.backend import unavailable_reason
 from smoothk.polar import METHODS
 from smoothk.unfolding import UNFOLDINGS, fold, matrix_shape, unfold
 
@@ -282,6 +283,7 @@ def test_polar_batches_what_has_one_shape() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_operator_and_compiled_graph(method: str) -> None:
     weights = [torch.randn(6, 4, 3, 3), torch.randn(8, 5), torch.randn(3, 6, 4, 3).permute(1, 2, 3, 0)]
+    assert unavailable_reason("torch") is None  # which defines the operator
     torch.library.opcheck(torch.ops.smoothk_torch.polar_factors, (weights, "spatial", method))
 
     def penalty(*weights: Tensor) -> Tensor:

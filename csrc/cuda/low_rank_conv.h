@@ -19,19 +19,6 @@ constexpr int kMaxTaps = 1 << 12;
 template <Dtype kDtype>
 constexpr int kOutputChunk = kDtype == Dtype::kFloat32 ? 32 : 64;
 
-inline LowRankConvShape conv_shape(const std::vector<int64_t>& v, const std::vector<int64_t>& u, int64_t groups,
-                                   const std::vector<int64_t>& input, const std::vector<int64_t>& stride,
-                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                   const std::vector<int64_t>& output_size) {
-  LowRankConvShape shape = factors_shape(v, u, groups);
-  shape.batch = input[0], shape.height = input[2], shape.width = input[3];
-  shape.out_height = output_size[0], shape.out_width = output_size[1];
-  shape.stride_h = stride[0], shape.stride_w = stride[1];
-  shape.pad_h = padding[0], shape.pad_w = padding[1];
-  shape.dilation_h = dilation[0], shape.dilation_w = dilation[1];
-  return shape;
-}
-
 // A block computes tile_n images x tile_h rows x tile_w columns of the output, all channels, from as much of z. It
 // walks through items, of which kStages - 1 are on their way: first (slice of input channels, some of v's taps), then
 // (chunk of output channels, tap of u). The input's part of a slice comes with the first item of the slice.
