@@ -65,7 +65,9 @@ def difference_penalty(
         w = weight.to(compute_dtype(weight.dtype))
         value = sum(_sum_of_norm(torch.diff(w, n=order, dim=axis), axis, norm, eps) for axis in axes)
         if normalized:
-            squares = w.square().sum()
+            # The two terms of the gradient cancel in part: their factors are taken in float64, where there is one.
+            wide = w.dtype if w.device.type == "mps" else torch.float64
+            value, squares = value.to(wide), w.square().sum(dtype=wide)
             zero = squares == 0  # not `> 0`: a NaN has to come through
             scale = torch.where(zero, 1, squares)
             value = torch.where(zero, 0, value / (scale if norm == "l2" else scale.sqrt()))
