@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. The first use sets up .venv; SMOOTHK_BUILD=auto|cpu|cuda|none chooses what is compiled.
+# make demo | test | test-full | lint | clean. The first use sets up .venv; SMOOTHK_BUILD=auto|cpu|cuda|none chooses what is compiled.
 PYTHON ?= python3
 SMOOTHK_BUILD ?= auto
 PYTEST_ARGS ?=
@@ -8,13 +8,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 READY := .venv/ready-$(SMOOTHK_BUILD)
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-full lint clean
 
 demo: $(READY)
 	$(BIN)/smoothk demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -W error $(PYTEST_ARGS)
+
+test-full: $(READY)
+	$(BIN)/python -m pytest -W error -m "" $(PYTEST_ARGS)
 
 lint: .venv/ready-lint
 	$(BIN)/ruff check .
