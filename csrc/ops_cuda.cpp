@@ -69,23 +69,19 @@ Tensor low_rank_conv_pack(const Tensor& v, const Tensor& u, int64_t groups) {
 
 std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor& packed,
                                                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                                               const Ints& v_shape, const Ints& u_shape, const Ints& stride,
-                                               const Ints& padding, const Ints& dilation, const Ints& output_size,
-                                               int64_t groups, bool relu, bool channels_last, bool with_z) {
-  check_factors(v_shape, u_shape, groups);
+                                               const Ints& numbers, bool relu, bool channels_last, bool with_z) {
   STD_TORCH_CHECK(input.is_cuda(), "input must be on a CUDA device");
   LowRankConvArguments arguments;
-  arguments.shape = checked_shape(input, v_shape, u_shape, groups, stride, padding, dilation, output_size);
+  arguments.shape = checked_shape(input, numbers);
   arguments.dtype = dtype_of(input), arguments.relu = relu;
   arguments.input_layout = arguments.output_layout = Layout::kChannelsLast;
   const LowRankConvShape& shape = arguments.shape;
   check("packed", packed, {cuda::low_rank_conv_packed_size(shape, arguments.dtype)}, input);
 
   const DeviceGuard guard(input.get_device_index());
-  const Ints sizes = {shape.batch, u_shape[0], shape.out_height, shape.out_width};
-  const Ints z_sizes = {shape.batch, v_shape[0], shape.out_height, shape.z_width()};
+  const Ints sizes = output_sizes(shape);
   Tensor output = empty_like(input, sizes, MemoryFormat::ChannelsLast);
-  Tensor z = with_z ? empty_like(input, z_sizes, MemoryFormat::ChannelsLast) : empty_like(input, {0});
+  Tensor z = with_z ? empty_like(input, intermediate_sizes(shape), MemoryFormat::ChannelsLast) : empty_like(input, {0});
   if (output.numel() == 0) return {in_layout(output, channels_last), z};
 
   // Kept until the launch: contiguous copies of what is not.
@@ -93,7 +89,7 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
   const Tensor dense_packed = aligned(torch::stable::contiguous(packed));
   Tensor dense_bias, dense_residual;
   if (bias) {
-    check("bias", *bias, {u_shape[0]}, input);
+    check("bias", *bias, {sizes[1]}, input);
     dense_bias = torch::stable::contiguous(*bias);
     arguments.bias = dense_bias.const_data_ptr();
   }

@@ -60,23 +60,19 @@ Tensor low_rank_conv_pack(const Tensor& v, const Tensor& u, int64_t groups) {
 
 std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor& packed,
                                                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                                               const Ints& v_shape, const Ints& u_shape, const Ints& stride,
-                                               const Ints& padding, const Ints& dilation, const Ints& output_size,
-                                               int64_t groups, bool relu, bool channels_last, bool with_z) {
-  check_factors(v_shape, u_shape, groups);
+                                               const Ints& numbers, bool relu, bool channels_last, bool with_z) {
   STD_TORCH_CHECK(input.is_cpu(), "input must be on the CPU");
-  const LowRankConvShape shape = checked_shape(input, v_shape, u_shape, groups, stride, padding, dilation, output_size);
+  const LowRankConvShape shape = checked_shape(input, numbers);
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
                       packed.numel() == cpu::low_rank_conv_packed_size(shape),
                   "packed must come from low_rank_conv_pack for these factors");
 
   const ScalarType dtype = input.scalar_type();
-  const Ints sizes = {shape.batch, u_shape[0], shape.out_height, shape.out_width};
+  const Ints sizes = output_sizes(shape);
   const Layout layout = channels_last ? Layout::kChannelsLast : Layout::kChannelsFirst;
   Tensor output = empty_images(sizes, dtype, layout);
   Tensor z =
-      with_z ? empty_images({shape.batch, v_shape[0], shape.out_height, shape.z_width()}, dtype, Layout::kChannelsLast)
-             : torch::stable::empty({0}, dtype);
+      with_z ? empty_images(intermediate_sizes(shape), dtype, Layout::kChannelsLast) : torch::stable::empty({0}, dtype);
 
   LowRankConvArguments arguments;
   arguments.shape = shape, arguments.dtype = dtype_of(input), arguments.relu = relu;
@@ -86,7 +82,7 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
   arguments.input = dense_input.const_data_ptr();
   Tensor dense_bias, dense_residual;
   if (bias) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == dtype && bias->dim() == 1 && bias->numel() == u_shape[0],
+    STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == dtype && bias->dim() == 1 && bias->numel() == sizes[1],
                     "bias must be [c_out], of the input's dtype");
     dense_bias = torch::stable::contiguous(*bias);
     arguments.bias = dense_bias.const_data_ptr();
@@ -111,9 +107,8 @@ std::tuple<Tensor, Tensor> low_rank_conv_fused(const Tensor& input, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(smoothk, m) {
   m.def("low_rank_conv_pack(Tensor v, Tensor u, int groups) -> Tensor");
   m.def(
-      "low_rank_conv_fused(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int[] v_shape, int[] u_shape, "
-      "int[] stride, int[] padding, int[] dilation, int[] output_size, int groups, bool relu, bool channels_last, "
-      "bool with_z) -> (Tensor, Tensor)");
+      "low_rank_conv_fused(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int[] numbers, bool relu, bool "
+      "channels_last, bool with_z) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothk, CPU, m) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "low_rank_conv.h"
@@ -61,20 +62,32 @@ inline void check_reach(const LowRankConvShape& s) {
                   "stride, padding, dilation and output_size must not reach that far");
 }
 
-// The shape of a call whose factors have been checked.
-inline LowRankConvShape checked_shape(const torch::stable::Tensor& input, const Ints& v_shape, const Ints& u_shape,
-                                      int64_t groups, const Ints& stride, const Ints& padding, const Ints& dilation,
-                                      const Ints& output_size) {
+// The shape of a call. Its numbers come in one list, since each list costs a call on small images about a microsecond:
+// 4 sizes of v, 4 of u, groups, then 2 each of stride, padding, dilation and the output's height and width.
+inline LowRankConvShape checked_shape(const torch::stable::Tensor& input, const Ints& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 17, "numbers must be 17, got ", numbers.size());
+  auto part = [at = numbers.begin()](int64_t count) mutable { return Ints(std::exchange(at, at + count), at); };
+  const Ints v_shape = part(4), u_shape = part(4);
+  const int64_t groups = part(1)[0];
+  const Ints stride = part(2), padding = part(2), dilation = part(2), output_size = part(2);
+  check_factors(v_shape, u_shape, groups);
   STD_TORCH_CHECK(input.dim() == 4 && input.size(1) % groups == 0 && input.size(1) / groups == v_shape[1],
                   "input must be [N, groups*c_in, H, W]");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && output_size.size() == 2 &&
-                      std::min({stride[0], stride[1], dilation[0], dilation[1]}) > 0 &&
+  STD_TORCH_CHECK(std::min({stride[0], stride[1], dilation[0], dilation[1]}) > 0 &&
                       std::min({padding[0], padding[1], output_size[0], output_size[1]}) >= 0,
-                  "stride, padding, dilation and output_size must be two numbers in their range");
+                  "stride, padding, dilation and output_size must be numbers in their range");
   const Ints sizes = {input.size(0), input.size(1), input.size(2), input.size(3)};
   const LowRankConvShape shape = conv_shape(v_shape, u_shape, groups, sizes, stride, padding, dilation, output_size);
   check_reach(shape);
   return shape;
+}
+
+inline Ints output_sizes(const LowRankConvShape& s) {
+  return {s.batch, s.groups * s.out_channels, s.out_height, s.out_width};
+}
+
+inline Ints intermediate_sizes(const LowRankConvShape& s) {
+  return {s.batch, s.groups * s.rank, s.out_height, s.z_width()};
 }
 
 }  // namespace smoothk

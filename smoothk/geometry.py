@@ -54,10 +54,11 @@ class Geometry:
         return self if self.axes == 2 else _as_2d(self)
 
     @cached_property
-    def kernel_arguments(self) -> tuple[Any, ...]:
-        """Of two axes, what the kernel's operator takes: v_shape, u_shape, stride, padding, dilation, output_size,
-        groups."""
-        return self.v, self.u, self.stride, self.leading_padding(), self.dilation, self.output[2:], self.groups
+    def kernel_numbers(self) -> Sizes:
+        """Of two axes, the numbers that the kernel's operator takes: sizes of v and u, groups, stride, padding,
+        dilation and output size."""
+        options = (*self.stride, *self.leading_padding(), *self.dilation)
+        return (*self.v, *self.u, self.groups, *options, *self.output[2:])
 
     @cached_property
     def fits_kernel(self) -> bool:

@@ -2,7 +2,7 @@
 
 They come from `benchmarks/bench.py low_rank_conv`: the layers of ResNet-18, ResNet-50 and VGG-16 at 10 to 50 % of their
 parameters and at full rank, batch 1 to 32, both layouts, two threads with AVX-512. The kernel was the fastest in all
-cases but those below. `smoothk.tune` measures on the user's machine instead.
+cases but this. `smoothk.tune` measures on the user's machine instead.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from .geometry import Geometry
 # Multiply-adds of both factors over those of the dense convolution from which on the library's dense one is faster, for
 # kernels of one tap and of more: there the kernel does more of them in a second than the library.
 MERGED_FROM = (1.0, 1.2)
-# Output pixels, of all images, up to which a 1x1 convolution is so short that the library's shorter calls win.
-FEW_PIXELS = 16
 
 
 @lru_cache(maxsize=4096)
@@ -32,11 +30,9 @@ def fastest(geometry: Geometry, dtype: torch.dtype, training: bool = False) -> s
     """
     if training or (dtype == torch.bfloat16 and _library_has_bfloat16()):
         return "pair"
-    taps = math.prod(geometry.kernel)
-    if factor_macs(geometry) > MERGED_FROM[taps > 1] * dense_macs(geometry):
+    if factor_macs(geometry) > MERGED_FROM[math.prod(geometry.kernel) > 1] * dense_macs(geometry):
         return "merged"
-    few = geometry.output[0] * math.prod(geometry.output[2:]) <= FEW_PIXELS
-    return "pair" if taps == 1 and few else "fused"
+    return "fused"
 
 
 def dense_macs(geometry: Geometry) -> int:

@@ -81,11 +81,11 @@ def _fused(
     packed, numbers, last = kernel_arguments(input, v, u, geometry)
     residual = None if residual is None else _as_images(residual)
     op = torch.ops.smoothk.low_rank_conv_fused
-    y, z = op(_as_images(input), packed, bias, residual, *numbers, relu, last, with_z)
+    y, z = op(_as_images(input), packed, bias, residual, numbers, relu, last, with_z)
     return _from_images(y, geometry.axes), _from_images(z, geometry.axes) if with_z else None
 
 
-def kernel_arguments(input: Tensor, v: Tensor, u: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[Any, ...], bool]:
+def kernel_arguments(input: Tensor, v: Tensor, u: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, ...], bool]:
     """Packed factors, sizes and options of the kernel's operator, and whether it answers in channels last."""
     flat = geometry.flat
 
@@ -93,7 +93,7 @@ def kernel_arguments(input: Tensor, v: Tensor, u: Tensor, geometry: Geometry) ->
         return torch.ops.smoothk.low_rank_conv_pack(v.detach().reshape(flat.v), u.detach().reshape(flat.u), flat.groups)
 
     packed = cached(("packed", flat.groups), v, u, pack)
-    return packed, flat.kernel_arguments, geometry.axes == 0 or channels_last(input, v)
+    return packed, flat.kernel_numbers, geometry.axes == 0 or channels_last(input, v)
 
 
 def _as_images(tensor: Tensor) -> Tensor:

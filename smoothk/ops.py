@@ -52,7 +52,8 @@ def _fake_pack(v: Tensor, u: Tensor, groups: int) -> Tensor:
 
 
 def _fake_fused(input: Tensor, packed: Tensor, bias: Any, residual: Any, *options: Any) -> tuple[Tensor, Tensor]:
-    v_shape, u_shape, _, _, _, output_size, _, _, channels_last, with_z = options
+    numbers, _, channels_last, with_z = options
+    v_shape, u_shape, output_size = numbers[:4], numbers[4:8], numbers[-2:]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     size = (input.shape[0], u_shape[0], *output_size)
     y = input.new_empty(size).contiguous(memory_format=memory_format)

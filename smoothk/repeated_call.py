@@ -86,4 +86,4 @@ class RepeatedCall:
             return finish(reference.low_rank_conv(input, v, self.u, self.bias, *options), residual, relu)
         _, (packed, numbers, channels_last) = self.kernel
         op = torch.ops.smoothk.low_rank_conv_fused
-        return op(input, packed, self.bias, residual, *numbers, relu, channels_last, False)[0]
+        return op(input, packed, self.bias, residual, numbers, relu, channels_last, False)[0]

@@ -18,9 +18,8 @@ from smoothk.backend import unavailable_reason
 
 SCHEMAS = (
     "low_rank_conv_pack(Tensor v, Tensor u, int groups) -> Tensor",
-    "low_rank_conv_fused(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int[] v_shape, int[] u_shape, "
-    "int[] stride, int[] padding, int[] dilation, int[] output_size, int groups, bool relu, bool channels_last, "
-    "bool with_z) -> (Tensor, Tensor)",
+    "low_rank_conv_fused(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int[] numbers, bool relu, bool "
+    "channels_last, bool with_z) -> (Tensor, Tensor)",
 )
 V, U = (24, 16, 3, 3), (20, 24, 1, 1)
 V_SPATIAL, U_SPATIAL = (24, 16, 3, 1), (20, 24, 1, 3)
@@ -73,9 +72,8 @@ def call(
     with_z: bool = True,
 ) -> tuple[Tensor, Tensor]:
     packed = ops.low_rank_conv_pack(v, u, 1) if packed is None else packed
-    shapes = list(v.shape), list(u.shape)
-    numbers = [1, 1], [1, 1], [1, 1], list(x.shape[2:])
-    return ops.low_rank_conv_fused(x, packed, bias, residual, *shapes, *numbers, 1, False, channels_last, with_z)
+    numbers = [*v.shape, *u.shape, 1, 1, 1, 1, 1, 1, 1, *x.shape[2:]]
+    return ops.low_rank_conv_fused(x, packed, bias, residual, numbers, False, channels_last, with_z)
 
 
 def expected(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> tuple:
@@ -188,16 +186,12 @@ class ByOperator:
         z: Tensor | None,
         *_: Any,
     ) -> None:
-        shapes = [list(factor.shape) for factor in factors]
-        numbers = [
-            [sizes.stride_h, sizes.stride_w],
-            [sizes.pad_h, sizes.pad_w],
-            [sizes.dilation_h, sizes.dilation_w],
-            [sizes.out_height, sizes.out_width],
-        ]
+        numbers = [size for factor in factors for size in factor.shape] + [1]
+        numbers += [sizes.stride_h, sizes.stride_w, sizes.pad_h, sizes.pad_w]
+        numbers += [sizes.dilation_h, sizes.dilation_w, sizes.out_height, sizes.out_width]
         packed = self.ops.low_rank_conv_pack(*factors, 1)
         found, found_z = self.ops.low_rank_conv_fused(
-            input, packed, bias, residual, *shapes, *numbers, 1, relu, True, z is not None
+            input, packed, bias, residual, numbers, relu, True, z is not None
         )
         output.copy_(found)
         if z is not None:

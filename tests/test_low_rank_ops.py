@@ -161,18 +161,18 @@ def test_the_kernels_operators_pass_the_checks_of_torch() -> None:
         x = torch.randn(x_size)
         size = list(smoothk.low_rank_conv2d(x, v, u, None, stride, padding, dilation, groups).shape[2:])
         for channels_last in (False, True):
-            options = (list(v_size), list(u_size), stride, padding, dilation, size, groups, True, channels_last, True)
+            options = ([*v_size, *u_size, groups, *stride, *padding, *dilation, *size], True, channels_last, True)
             torch.library.opcheck(torch.ops.smoothk.low_rank_conv_fused, (x, packed, None, None, *options))
 
 
 def test_the_kernels_operators_check_what_protects_memory() -> None:
     x, v, u = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1)
     packed = torch.ops.smoothk.low_rank_conv_pack(v, u, 1)
-    options = ([2, 4, 3, 3], [6, 2, 1, 1], [1, 1], [1, 1], [1, 1], [5, 5], 1, False, False, False)
+    numbers = [2, 4, 3, 3, 6, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5, 5]
 
-    def call(**changes: Tensor) -> None:
-        tensors = {"x": x, "packed": packed, "bias": None, "residual": None, **changes}
-        torch.ops.smoothk.low_rank_conv_fused(*tensors.values(), *options)
+    def call(**changes: Tensor | list[int]) -> None:
+        arguments = {"x": x, "packed": packed, "bias": None, "residual": None, "numbers": numbers, **changes}
+        torch.ops.smoothk.low_rank_conv_fused(*arguments.values(), False, False, False)
 
     call()
     for changes, message in (
@@ -183,6 +183,7 @@ def test_the_kernels_operators_check_what_protects_memory() -> None:
         ({"bias": torch.randn(5)}, "bias must be"),
         ({"residual": torch.randn(1, 6, 5, 4)}, "residual has the wrong shape"),
         ({"residual": torch.randn(1, 6, 5, 5).double()}, "residual must be"),
+        ({"numbers": numbers[:-1]}, "numbers must be 17, got 16"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(**changes)
@@ -208,10 +209,10 @@ def test_the_kernels_operator_refuses_sizes_that_overflow(changes: dict) -> None
     v, u = changes.get("v", [2, 4, 3, 3]), changes.get("u", [6, 2, 1, 1])
     packed = torch.ops.smoothk.low_rank_conv_pack(torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), 1)
     packed = torch.zeros(changes["packed"]) if "packed" in changes else packed
-    numbers = [changes.get(name, [1, 1]) for name in ("stride", "padding", "dilation")]
-    options = v, u, *numbers, [3, 3], changes.get("groups", 1), False, False, False
+    options = [number for name in ("stride", "padding", "dilation") for number in changes.get(name, [1, 1])]
+    numbers = [*v, *u, changes.get("groups", 1), *options, 3, 3]
     with pytest.raises(RuntimeError, match="must"):
-        torch.ops.smoothk.low_rank_conv_fused(torch.randn(1, 4, 5, 5), packed, None, None, *options)
+        torch.ops.smoothk.low_rank_conv_fused(torch.randn(1, 4, 5, 5), packed, None, None, numbers, False, False, False)
 
 
 def test_sizes_that_the_kernel_leaves_to_the_library() -> None:
