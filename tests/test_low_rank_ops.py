@@ -1,25 +1,22 @@
-"""The low-rank convolution in PyTorch: operators, compilation, export, autocast, threads, and what it keeps."""
+"""The low-rank convolution in PyTorch: methods, operators, autocast, threads."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_rel
-from torch import Tensor, nn
+from small_layers import expected, layers, with_method
+from torch import Tensor
 
 import smoothk
-from smoothk import factor_cache, low_rank_cost, repeated_call
+from smoothk import factor_cache
 from smoothk.backend import BackendUnavailable, unavailable_reason
 from smoothk.layers import _LowRank
-from smoothk.repeated_call import RepeatedCall
 
 torch_deprecations = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its own functions
 cpp_missing = unavailable_reason("cpp")
@@ -28,34 +25,6 @@ pytestmark = [
     # torch says so of its own layers, too.
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
 ]
-
-
-@pytest.fixture
-def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``auto`` takes the kernel, whatever the cost model says."""
-    monkeypatch.setattr(low_rank_cost, "fastest", lambda *_: "fused")
-
-
-def layers() -> Iterator[tuple[_LowRank, Tensor]]:
-    """A layer of each kind that has a kernel, and an input."""
-    yield smoothk.LowRankConv2d(8, 12, 3, 5, padding=1), torch.randn(2, 8, 7, 6)
-    yield smoothk.LowRankConv2d(8, 12, 3, 5, stride=2, padding=1, scheme="spatial"), torch.randn(2, 8, 7, 6)
-    yield smoothk.LowRankConv2d(8, 12, (4, 2), 3, padding="same", groups=2, bias=False), torch.randn(2, 8, 7, 6)
-    yield smoothk.LowRankConv2d(6, 4, 3, 3, padding=1, padding_mode="reflect"), torch.randn(1, 6, 5, 5)
-    yield smoothk.LowRankConv1d(8, 12, 3, 5, padding=1), torch.randn(2, 8, 9)
-    yield smoothk.LowRankLinear(8, 12, 5), torch.randn(2, 3, 8)
-
-
-def expected(layer: _LowRank, x: Tensor) -> Tensor:
-    """The dense layer in float64."""
-    dense = layer.to_linear() if isinstance(layer, smoothk.LowRankLinear) else layer.to_conv()
-    dense.weight = nn.Parameter(copy.deepcopy(layer).double().weight)
-    return dense.double()(x.double())
-
-
-def with_method(layer: _LowRank, method: str) -> _LowRank:
-    layer.method = method
-    return layer
 
 
 @pytest.mark.parametrize("method", ["auto", "fused", "pair", "merged"])
@@ -234,83 +203,6 @@ def test_an_image_without_pixels_gives_the_bias() -> None:
         assert torch.equal(y, bias[:, None, None].expand(1, 16, 4, 2))
 
 
-@torch_deprecations
-def test_compiled_without_a_graph_break_for_every_batch_size(fused_everywhere: None) -> None:
-    torch._dynamo.reset()
-    model = nn.Sequential(
-        smoothk.LowRankConv2d(3, 8, 3, 3, padding=1),
-        nn.ReLU(),
-        smoothk.LowRankConv2d(8, 8, 3, 4, stride=2, padding=1, scheme="spatial"),
-        nn.Flatten(2),
-        smoothk.LowRankConv1d(8, 6, 3, 4),
-        nn.Flatten(),
-        smoothk.LowRankLinear(6 * 14, 5, 3),
-    )
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    for batch in (2, 3, 7):
-        x = torch.randn(batch, 3, 8, 8)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x))
-        grads = []
-        for run in (compiled, model):
-            model.zero_grad()
-            run(x).square().sum().backward()
-            grads.append([p.grad for p in model.parameters()])
-        for actual, wanted in zip(*grads, strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
-
-
-@torch_deprecations
-def test_compiled_code_sees_new_factors(fused_everywhere: None) -> None:
-    torch._dynamo.reset()
-    layer, x = smoothk.LowRankConv2d(3, 8, 3, 3, padding=1), torch.randn(2, 3, 8, 8)
-    compiled = torch.compile(layer, fullgraph=True)
-    with torch.no_grad():
-        compiled(x)
-        layer.v.mul_(2)
-        torch.testing.assert_close(compiled(x), layer.to_conv()(x))
-
-
-def test_exported_programs_hold_library_convolutions(fused_everywhere: None) -> None:
-    convs = smoothk.LowRankConv2d(3, 8, 3, 3, padding=1), smoothk.LowRankConv2d(8, 4, 3, 2)
-    model = nn.Sequential(convs[0], nn.ReLU(), convs[1]).eval()
-    x = torch.randn(2, 3, 8, 8)
-    dynamic = {"input": {0: torch.export.Dim("batch", min=1, max=64)}}
-    program = torch.export.export(model, (x,), dynamic_shapes=dynamic)
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert any("conv" in name for name in names)
-    assert not any("smoothk" in name for name in names)
-    larger = torch.randn(5, 3, 8, 8)
-    torch.testing.assert_close(program.module()(larger), model(larger))
-
-
-@torch_deprecations
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own exporter
-def test_onnx_programs_hold_standard_operators(fused_everywhere: None, tmp_path: Path) -> None:
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    convs = smoothk.LowRankConv2d(3, 8, 3, 3, padding=1), smoothk.LowRankConv2d(8, 4, 3, 2, scheme="spatial")
-    model = nn.Sequential(*convs, nn.Flatten(), smoothk.LowRankLinear(4 * 36, 5, 2)).eval()
-    dynamic = {"input": {0: torch.export.Dim("batch", min=1, max=64)}}
-    program = torch.onnx.export(model, (torch.randn(2, 3, 8, 8),), dynamo=True, dynamic_shapes=dynamic, verbose=False)
-    path = tmp_path / "model.onnx"
-    program.save(path)
-    assert {node.domain for node in onnx.load(path).graph.node} == {""}
-    session, x = onnxruntime.InferenceSession(path), torch.randn(5, 3, 8, 8)
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=0, atol=1e-5)
-
-
-@torch_deprecations
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_traced_programs_hold_library_convolutions(fused_everywhere: None) -> None:
-    layer, x = smoothk.LowRankConv2d(3, 8, 3, 3, padding=1).eval(), torch.randn(2, 3, 8, 8)
-    traced = torch.jit.trace(layer, x)
-    assert "smoothk_torch::" not in str(traced.inlined_graph)
-    torch.testing.assert_close(traced(x[:1]), layer(x[:1]))
-
-
 @pytest.mark.parametrize("method", ["fused", "pair", "merged"])
 def test_autocast(method: str) -> None:
     for layer, x in layers():
@@ -335,16 +227,6 @@ def test_autocast_of_half_precision_input_has_a_kernel() -> None:
     assert (y.double() - wanted).norm() < 2e-2 * wanted.norm()
 
 
-def test_a_layer_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        layer = with_method(smoothk.LowRankConv2d(4, 6, 3, 2), "fused")
-        x = torch.randn(1, 4, 5, 5)
-        for _ in range(2):
-            wanted = smoothk.low_rank_conv2d(x, layer.v, layer.u, layer.bias, method="pair")
-            torch.testing.assert_close(layer(x), wanted)
-            layer.v.mul_(2)
-
-
 @torch_deprecations
 def test_transforms_and_forward_derivatives_use_the_pair() -> None:
     layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), "fused"), torch.randn(3, 4, 5, 5)
@@ -355,115 +237,6 @@ def test_transforms_and_forward_derivatives_use_the_pair() -> None:
     y, slope = torch.func.jvp(layer, (x,), (tangent,))
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(slope, layer(tangent) - layer(torch.zeros_like(x)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["write", "data", "replace", "load", "optimizer", "inference"])
-def test_what_is_kept_follows_the_factors(kind: str) -> None:
-    def change(layer: _LowRank) -> None:
-        with torch.no_grad():
-            if kind == "write":
-                layer.u.mul_(2)
-            elif kind == "data":
-                layer.v.data.add_(0.5)
-            elif kind == "replace":
-                layer.v = nn.Parameter(torch.randn_like(layer.v))
-            elif kind == "load":
-                layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
-        if kind == "optimizer":
-            layer.v.grad = torch.ones_like(layer.v)
-            torch.optim.SGD([layer.v], lr=0.1).step()
-        if kind == "inference":
-            with torch.inference_mode():
-                layer.v.add_(1)
-
-    for method in ("fused", "merged"):
-        for layer, x in layers():
-            layer.method = method
-            with torch.no_grad():
-                layer(x)
-                change(layer)
-                assert_close_rel(layer(x), expected(layer, x), torch.float32)
-
-
-@pytest.mark.parametrize("method", ["fused", "pair"])
-def test_a_repeated_call_follows_what_is_changed(method: str) -> None:
-    """The second call of a layer takes a shorter way."""
-    layer = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), method)
-    x = torch.randn(2, 4, 8, 8)
-
-    def check(x: Tensor) -> None:
-        wanted = expected(layer, x)
-        for residual, relu in ((None, False), (torch.randn(wanted.shape), True), (torch.randn(6, 1, 1), False)):
-            added = wanted if residual is None else wanted + residual.double()
-            actual = layer(x, residual, relu)
-            assert_close_rel(actual, added.relu() if relu else added, torch.float32)
-
-    with torch.no_grad():
-        layer(x)
-        first = factor_cache.kept(layer.v, RepeatedCall)
-        layer(torch.randn_like(x))
-        assert factor_cache.kept(layer.v, RepeatedCall) is first
-        check(x)
-        check(torch.randn_like(x))
-        for name, value in (("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2))):
-            setattr(layer, name, value)
-            check(x)
-        for other in (x[:1], x[..., :6], x.to(memory_format=torch.channels_last), x[0]):
-            check(other)
-            check(other)
-        layer.bias = nn.Parameter(torch.randn(6))
-        check(x)
-        layer.method = "merged"
-        check(x)
-        layer.method = "fused"
-    x.requires_grad_()
-    layer(x).sum().backward()
-    assert x.grad is not None
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-
-
-def test_a_write_while_a_call_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2), "fused"), torch.randn(1, 4, 5, 5)
-    arguments = repeated_call.kernel_arguments
-
-    def written_to(*call: object) -> object:
-        result = arguments(*call)
-        layer.v.mul_(2)  # as by another thread
-        return result
-
-    with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr(repeated_call, "kernel_arguments", written_to)
-        layer(x)
-    with torch.no_grad():
-        assert_close_rel(layer(x), expected(layer, x), torch.float32)
-
-
-def test_writes_through_data_to_large_factors_are_seen() -> None:
-    layer, x = with_method(smoothk.LowRankConv2d(64, 64, 3, 32, padding=1), "fused"), torch.randn(1, 64, 4, 4)
-    with torch.no_grad():
-        layer(x)
-        layer.v.data.copy_(torch.randn_like(layer.v))
-        assert_close_rel(layer(x), expected(layer, x), torch.float32)
-        layer.u.data.mul_(0.5)
-        assert_close_rel(layer(x), expected(layer, x), torch.float32)
-
-
-def test_factors_are_packed_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    packs = []
-    pack = torch.ops.smoothk.low_rank_conv_pack
-    monkeypatch.setattr(torch.ops.smoothk, "low_rank_conv_pack", lambda *a: packs.append(1) or pack(*a))
-    layer, x = with_method(smoothk.LowRankConv2d(4, 6, 3, 2, padding=1), "fused"), torch.randn(3, 4, 5, 5)
-    gc.collect()
-    before = len(factor_cache._values)
-    with torch.no_grad():
-        for batch in (1, 2, 3):
-            layer(x[:batch])
-    assert len(packs) == 1
-    assert len(factor_cache._values) == before + 1
-    del layer
-    gc.collect()
-    assert len(factor_cache._values) == before
 
 
 def test_threads_share_a_layer() -> None:

@@ -7,11 +7,11 @@
 #include "../low_rank_conv.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "dtypes.h"
 #include "low_rank_conv_kernel.h"
+#include "low_rank_conv_pack.h"
+#include "scratch.h"
 
 namespace smoothk::cpu {
 namespace {
@@ -23,10 +23,6 @@ constexpr int64_t kSlices = 4;                 // of the depth, where each weigh
 constexpr int64_t kMostTaps = 49;              // of planes
 constexpr int64_t kMostBlocks = 8;             // of pixels that go to a plane one after the other
 constexpr int64_t kTogetherBytes = 128 << 10;  // of z that these have, in L2
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t padded(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -44,83 +40,6 @@ const LowRankConvKernels& choose_kernels() {
   return baseline::kLowRankConv;
 }
 const LowRankConvKernels& kernels = choose_kernels();
-
-// One of the two weights as a matrix.
-struct Factor {
-  int64_t columns, taps, channels;
-  int64_t depth() const { return taps * channels; }
-  // The last columns, where they are few, are there once more, one after the other.
-  int64_t dots() const { return channels % kPanel == 0 && columns % kPanel <= kMostDots ? columns % kPanel : 0; }
-  int64_t size() const { return (padded(columns) + dots()) * depth(); }
-};
-
-Factor first_factor(const LowRankConvShape& s) {
-  return {s.rank, s.kernel_h * (s.spatial ? 1 : s.kernel_w), s.in_channels};
-}
-
-Factor second_factor(const LowRankConvShape& s) { return {s.out_channels, s.spatial ? s.kernel_w : 1, s.rank}; }
-
-template <class T>
-void pack(const Factor& factor, const T* weight, float* packed) {
-  const int64_t depth = factor.depth();
-  for (int64_t panel = 0; panel < factor.columns; panel += kPanel) {
-    for (int64_t tap = 0; tap < factor.taps; ++tap) {
-      for (int64_t c = 0; c < factor.channels; ++c) {
-        for (int64_t n = panel; n < panel + kPanel; ++n) {
-          *packed++ = n < factor.columns ? load(weight + n * depth + c * factor.taps + tap) : 0;
-        }
-      }
-    }
-  }
-  for (int64_t n = factor.columns - factor.dots(); n < factor.columns; ++n) {
-    for (int64_t tap = 0; tap < factor.taps; ++tap) {
-      for (int64_t c = 0; c < factor.channels; ++c) *packed++ = load(weight + n * depth + c * factor.taps + tap);
-    }
-  }
-}
-
-template <class T>
-void pack_groups(const LowRankConvShape& s, const T* v, const T* u, float* packed) {
-  const Factor first = first_factor(s), second = second_factor(s);
-  for (int64_t g = 0; g < s.groups; ++g) {
-    pack(first, v + g * first.columns * first.depth(), packed);
-    packed += first.size();
-    pack(second, u + g * second.columns * second.depth(), packed);
-    packed += second.size();
-  }
-}
-
-// Memory that a thread keeps from call to call, given out in pieces.
-class Scratch {
- public:
-  // After this, pieces of `bytes` in all can be taken. Earlier ones are gone.
-  void reserve(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset(new (std::align_val_t{64}) char[bytes]);
-      size_ = bytes;
-    }
-    used_ = 0;
-  }
-
-  template <class T>
-  T* take(int64_t count) {
-    T* result = reinterpret_cast<T*>(memory_.get() + used_);
-    used_ += bytes<T>(count);
-    return result;
-  }
-
-  template <class T>
-  static int64_t bytes(int64_t count) {
-    return ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-  }
-
- private:
-  struct Delete {
-    void operator()(char* p) const { operator delete[](p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<char[], Delete> memory_;
-  int64_t size_ = 0, used_ = 0;
-};
 
 thread_local Scratch shared_scratch;  // of the thread that calls, for all
 thread_local Scratch own_scratch;
@@ -690,22 +609,6 @@ class Forward {
 };
 
 }  // namespace
-
-int64_t low_rank_conv_packed_size(const LowRankConvShape& shape) {
-  return shape.groups * (first_factor(shape).size() + second_factor(shape).size());
-}
-
-void low_rank_conv_pack(const LowRankConvShape& shape, Dtype dtype, const void* v, const void* u, float* packed) {
-  const auto pack_as = [&]<class T>(const T* first) { pack_groups(shape, first, static_cast<const T*>(u), packed); };
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return pack_as(static_cast<const BFloat16*>(v));
-    case Dtype::kFloat16:
-      return pack_as(static_cast<const Float16*>(v));
-    default:
-      return pack_as(static_cast<const float*>(v));
-  }
-}
 
 void low_rank_conv(const LowRankConvArguments& arguments, const float* packed, const ParallelFor& parallel_for) {
   Forward(arguments, packed)(parallel_for);
