@@ -38,6 +38,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(steps, device)
+    dist.barrier()  # else gloo's threads may hold tensors when Python ends, which aborts the process (pytorch#179291)
     dist.destroy_process_group()
 
 

@@ -37,7 +37,8 @@ def run(name: str, *arguments: object, processes: int = 0, gpus: bool = False) -
         **({"NVIDIA_TF32_OVERRIDE": "0"} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    aborted_at_exit = processes and "terminate called without an active exception" in done.stderr  # pytorch#179291
+    assert done.returncode == 0 or aborted_at_exit, done.stdout[-2000:] + done.stderr[-4000:]
     lines = re.findall(r"^step (\d+)  loss (\S+)(?:  penalty (\S+))?$", done.stdout, re.MULTILINE)
     assert len(lines) == len({step for step, *_ in lines}), done.stdout
     return {int(step): tuple(float(value) for value in values if value) for step, *values in lines}
