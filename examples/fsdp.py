@@ -24,7 +24,7 @@ def train(steps: int, device: torch.device, folder: Path | None) -> None:
     mesh = init_device_mesh(device.type, (world,))
     model = build_model().to(device)
     for layer in model:
-        if any(True for _ in layer.parameters()):
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = build_optimizer(model)
@@ -42,8 +42,11 @@ def train(steps: int, device: torch.device, folder: Path | None) -> None:
         if rank == 0:
             report(step, loss.item() / world, value.item())
     if folder and start < steps:
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        dcp.save(states, checkpoint_id=folder / f"step-{steps}")
+        dcp.save(states_of(model, optimizer), checkpoint_id=folder / f"step-{steps}")
+
+
+def states_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
 
 
 def resume(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
@@ -51,7 +54,7 @@ def resume(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Pat
     done = [int(file.parent.name.removeprefix("step-")) for file in folder.glob("step-*/.metadata")]  # written last
     if not done:
         return 0
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    states = states_of(model, optimizer)
     dcp.load(states, checkpoint_id=folder / f"step-{max(done)}")
     set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return max(done)
