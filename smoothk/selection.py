@@ -34,7 +34,8 @@ class SelectedWeight(NamedTuple):
         """The parameter that is in that place now.
 
         Raises:
-            RuntimeError: the module has no such parameter any more (pruned, parametrized, replaced by a tensor).
+            RuntimeError: the module has no such parameter any more (pruned, parametrized, replaced by a tensor), or one
+                with another number of axes (flattened, as by FullyShardedDataParallel).
         """
         if self.module is None:
             return self.parameter
@@ -43,6 +44,11 @@ class SelectedWeight(NamedTuple):
             raise RuntimeError(
                 f"weight {self.name} must still be a parameter of its {type(self.module).__name__}, but it was removed "
                 "or parametrized; build the penalty again"
+            )
+        if parameter.dim() != self.parameter.dim():
+            raise RuntimeError(
+                f"weight {self.name} must keep its {self.parameter.dim()} axes, got shape {tuple(parameter.shape)}; "
+                "FullyShardedDataParallel flattens weights, fully_shard (FSDP2) does not"
             )
         return parameter
 

@@ -26,6 +26,17 @@ def test_a_call_that_fails_leaves_the_gradients(backend: str) -> None:
     torch.testing.assert_close(grads_of(model), before, rtol=0, atol=0)
 
 
+def test_a_weight_that_was_flattened_is_named_and_nothing_changes() -> None:
+    """FullyShardedDataParallel does it, and the differences between entries of a flat shard mean nothing."""
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model)
+    model[4].weight = nn.Parameter(model[4].weight.detach().flatten())
+    for call in (penalty, penalty.accumulate_grad, penalty.per_layer):
+        with pytest.raises(RuntimeError, match=r"weight 4.weight must keep its 2 axes, got shape \(32,\)"):
+            call()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_gradient_that_is_not_dense_is_named_and_nothing_changes() -> None:
     model = small_model(torch.float32)
     model[4].weight.grad = torch.eye(4, 8).to_sparse()

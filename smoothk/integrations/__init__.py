@@ -1,0 +1,1 @@
+"""Callbacks for the trainers of other packages, each imported with its module: ``smoothk.integrations.lightning``."""
