@@ -24,7 +24,7 @@ def test_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize(("command", "options"), commands(README), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("command", "options"), commands(README), ids=[name for name, _ in commands(README)])
 def test_commands_and_options_exist(command: str, options: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "smoothk", command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
