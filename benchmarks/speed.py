@@ -77,6 +77,37 @@ def _quotient(case: Record, name: str) -> str:
     return f"{ratio['median']:.2f} ({ratio['p10']:.2f}–{ratio['p90']:.2f})"
 
 
+def floor_table(results: Sequence[Record]) -> Table:
+    """What a fused penalty has to move, how close to that it comes, and what the sides allocate."""
+    rows: list[list[object]] = []
+    for result in results:
+        for case in result["cases"]:
+            sides = timed(case)
+            fused, floor = sides["fused"], next(side for name, side in sides.items() if name.startswith("floor"))
+            rate = case["bytes"] / fused["ms"]["median"] / 1e6
+            extra = [sides[name]["peak_extra_bytes"] / 2**20 for name in ("fused", "foreach", "eager")]
+            name = f"{result['set']['title']}, {case['name'].partition(',')[0]}"
+            over = 1 / floor["ratio"]["median"]
+            rows.append([name, result["set"]["parameters"], case["bytes"] / 1e6, over, rate, *extra])
+    memory = [f"{name}: extra MiB" for name in ("fused", "foreach", "eager")]
+    formats = {"MB": ".0f", "fused ÷ floor": ".2f", "GB/s": ".1f", **dict.fromkeys(memory, ".1f")}
+    return Table(["weights", "parameters", "MB", "fused ÷ floor", "GB/s", *memory], rows, formats)
+
+
+def files_table(out: Path) -> Table:
+    """Every result file of `bench.py`: cases, samples asked for, and of which commit, on which machine, when."""
+    rows: list[list[object]] = []
+    for path in sorted(out.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "entry" not in result:
+            continue
+        stamp = result["provenance"]
+        commit = stamp["git"]["commit"][:7] + " and changes" * stamp["git"]["dirty"]
+        machine = f"{stamp['machine']['gpu'] or stamp['machine']['cpu']}, {stamp['machine']['threads']} threads"
+        rows.append([f"`{path.name}`", len(result["cases"]), result["samples"], commit, machine, stamp["date"]])
+    return Table(["file", "cases", "samples", "commit", "machine", "date"], rows)
+
+
 def nuclear_table(results: Sequence[Record]) -> Table:
     """Methods by time and by their largest errors; the weights are those of the network named in the first column."""
     rows: list[list[object]] = []

@@ -1,4 +1,4 @@
-"""The measured tables of the README, made from the files under ``benchmarks/results``.
+"""The measured tables of the README and of ``docs/``, made from the files under ``benchmarks/results``.
 
     python benchmarks/tables.py            # rewrites them
     python benchmarks/tables.py --check    # exits 1 if they have drifted
@@ -23,6 +23,7 @@ from smoothk.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -105,6 +106,11 @@ LOW_RANK_MODELS_NOTE = (
     "torch. Memory: what one call allocates beside weights and input."
 )
 
+FLOOR_NOTE = (
+    "Bytes: what one call has to read and write. The floor is `grad.add_(w)`, which moves the same; GB/s are the fused "
+    "side's bytes over its median time. Extra memory: the most that one call holds beside weights and gradients."
+)
+
 TABLES: dict[str, Callable[[], str]] = {
     "cifar10-networks": lambda: _networks(read_results(RESULTS / "cifar10-small")),
     "cifar10-methods": lambda: by_method(read_results(RESULTS / "cifar10-small"), "plain").to_markdown(),
@@ -113,6 +119,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-nuclear": lambda: _speed("nuclear", speed.nuclear_table, NUCLEAR_NOTE),
     "speed-step": lambda: _speed("step", speed.step_table, STEP_NOTE),
     "speed-low-rank-conv": lambda: _speed("low_rank_conv", low_rank_speed.layer_table, LOW_RANK_CONV_NOTE),
+    "speed-files": lambda: speed.files_table(RESULTS / "speed").to_markdown(),
+    "speed-floors": lambda: _speed("difference", speed.floor_table, FLOOR_NOTE),
+    "speed-low-rank-targets": lambda: low_rank_speed.targets(RESULTS / "speed").to_markdown(),
     "speed-low-rank-models": lambda: _speed("low_rank_models", low_rank_speed.model_table, LOW_RANK_MODELS_NOTE),
 }
 
@@ -123,19 +132,23 @@ def fill(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the README's tables, or check them."""
+    """Rewrite the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table has drifted")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = fill(before)
-    if args.check and after != before:
-        print("README.md: its tables differ from benchmarks/results; run python benchmarks/tables.py", file=sys.stderr)
-        return 1
-    if not args.check:
-        readme.write_text(after)
-    return 0
+    drifted = False
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before)
+        if args.check and after != before:
+            print(
+                f"{page.name}: its tables differ from benchmarks/results; run python benchmarks/tables.py",
+                file=sys.stderr,
+            )
+            drifted = True
+        elif after != before:
+            page.write_text(after, encoding="utf-8")
+    return int(drifted)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""The README's snippets run, and its tables are those of the result files."""
+"""The README's snippets run, and its tables, and those of docs/, are those of the result files."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, commands, links
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
-COMMANDS = re.findall(r"^smoothk (\w+)((?:.*\\\n)*.*)$", SHELL, re.MULTILINE)
+SNIPPETS = blocks(README, "python")
 
 
 def test_there_is_one_example_for_each_use() -> None:
@@ -27,11 +24,11 @@ def test_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("command, options", COMMANDS, ids=lambda text: text.split()[0] if text.split() else "none")
-def test_commands_and_options_exist(command: str, options: str) -> None:
+@pytest.mark.parametrize(("command", "options"), commands(README), ids=[name for name, _ in commands(README)])
+def test_commands_and_options_exist(command: str, options: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "smoothk", command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for option in re.findall(r"--[a-z-]+", options.partition("#")[0]):
+    for option in options:
         assert option in done.stdout
 
 
@@ -42,5 +39,5 @@ def test_tables_are_those_of_the_result_files() -> None:
 
 
 def test_pictures_are_there() -> None:
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    pictures = [target for target in links(README) if target.endswith(".png")]
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
