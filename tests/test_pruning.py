@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from smoothk.recipes import models, pruning
+from smoothk.recipes import models
+from smoothk.recipes.baselines import pruning
 from smoothk.recipes.models import BasicBlock
 
 
