@@ -1,8 +1,10 @@
 """Model folding: similar channels are merged instead of removed (Wang et al., arXiv 2502.10216), written from the idea.
 
-The channels of a layer are clustered by k-means on what they compute, filter and batch norm together. A cluster
-becomes one channel, the mean of its members, and the next layer adds up the weights with which it read them. Channels
-that residual blocks add to are clustered jointly over all layers that write them. Every layer keeps the same fraction.
+The channels of a layer are clustered by k-means on the weights that write and read them. A cluster becomes one channel,
+whose filter and batch norm are the means of its members', and the next layer adds up the weights with which it read
+them. Channels that residual blocks add to are clustered over all layers that write or read them. Every layer keeps the
+same fraction. Of the variants tried (filters alone, filters of length 1, filters times what batch norm makes of them;
+with and without the channels that blocks add to) this one lost least on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -48,12 +50,10 @@ def fold(model: nn.Module, keep: float, *, seed: int = 0) -> nn.Module:
 
 
 def _features(group: Channels) -> Tensor:
-    """What each channel computes, ``[channels, features]`` float64 on the CPU: filter and shift, batch norm applied."""
-    parts = []
-    for conv, norm in group.writers:
-        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-        parts += [gain[:, None] * conv.weight.flatten(1), (norm.bias - gain * norm.running_mean)[:, None]]
-    return torch.cat(parts, 1).double().cpu()
+    """The weights of each channel, ``[channels, features]``, float64 on the CPU."""
+    filters = [conv.weight.flatten(1) for conv, _ in group.writers]
+    columns = [layer.weight.transpose(0, 1).flatten(1) for layer in group.readers]
+    return torch.cat([*filters, *columns], 1).double().cpu()
 
 
 def _cluster(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -86,19 +86,12 @@ def _mean(values: Tensor, members: Tensor, count: int) -> Tensor:
 
 
 def _merge(group: Channels, members: Tensor, count: int) -> None:
-    """Replace each cluster of channels by its mean, in place.
-
-    The new batch norm has variance 1, so that recalibration finds a filter of the members' scale to normalise.
-    """
+    """Replace each cluster of channels by its mean, in place."""
     for conv, norm in group.writers:
         labels = members.to(conv.weight.device)
-        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-        scale = _mean(norm.weight.abs(), labels, count)
-        divisor = torch.where(scale == 0, 1, scale)
-        weight = _mean(gain.view(-1, 1, 1, 1) * conv.weight, labels, count) / divisor.view(-1, 1, 1, 1)
-        mean = _mean(gain * norm.running_mean, labels, count) / divisor
-        var = torch.full_like(scale, 1 - norm.eps)
-        set_writer(conv, norm, weight, scale=scale, shift=_mean(norm.bias, labels, count), mean=mean, var=var)
+        values = {"scale": norm.weight, "shift": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
+        means = {name: _mean(value, labels, count) for name, value in values.items()}
+        set_writer(conv, norm, _mean(conv.weight, labels, count), **means)
     for layer in group.readers:
         labels = members.to(layer.weight.device)
         merged = layer.weight.new_zeros(layer.weight.shape[0], count, *layer.weight.shape[2:])

@@ -47,29 +47,26 @@ def count_nonzero(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - zeros
 
 
-def prune_filters(model: nn.Module, keep: float, *, n: int = 1, stream: bool = False) -> nn.Module:
-    """Remove the filters of the smallest Ln norm, the same fraction of every layer's (Li et al., arXiv 1608.08710).
+def prune_filters(model: nn.Module, keep: float, *, n: int = 1) -> nn.Module:
+    """Remove the filters of the smallest Ln norm between the two convolutions of every block (arXiv 1608.08710).
 
-    The filters go for good: rows of a convolution, entries of its batch norm, columns of the layers that read it. One
-    filter a layer stays at least, and the fraction is the largest that the budget allows.
+    The filters go for good: rows of the first convolution, entries of its batch norm, columns of the second one. The
+    channels that blocks add to are left alone, for every block shares them. All blocks keep the same fraction of their
+    filters (at least one), the largest that the budget allows.
 
     Args:
         model: a network of `smoothk.recipes.models.BasicBlock`.
         keep: share of the model's parameters that may remain.
         n: the norm, 1 or 2.
-        stream: also remove channels that blocks add to, by the sum of the norms of all the filters that write them;
-            False leaves them alone.
 
     Raises:
-        ValueError: ``model`` has no such block, or one filter a layer is already too many.
+        ValueError: ``model`` has no such block, or one filter a block is already too many.
     """
     pruned = copy.deepcopy(model)
-    groups = channels.inner_channels(pruned) + (channels.stream_channels(pruned) if stream else [])
-    counts = channels.uniform_counts(pruned, groups, keep)
-    # All norms are taken on the network as it was: what one group loses shortens the filters of others.
-    norms = [sum(conv.weight.detach().flatten(1).norm(n, dim=1) for conv, _ in group.writers) for group in groups]
-    for group, count, norm in zip(groups, counts, norms, strict=True):
-        channels.select(group, norm.topk(count).indices.sort().values)
+    groups = channels.inner_channels(pruned)
+    for group, count in zip(groups, channels.uniform_counts(pruned, groups, keep), strict=True):
+        norms = group.writers[0][0].weight.detach().flatten(1).norm(n, dim=1)
+        channels.select(group, norms.topk(count).indices.sort().values)
     return pruned
 
 
