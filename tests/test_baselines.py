@@ -164,13 +164,12 @@ def test_a_singular_covariance_costs_nothing() -> None:
     assert all(p.isfinite().all() for p in silent.parameters())
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.5, 0.2])
-def test_whitened_svd_fills_its_budget(keep: float) -> None:
+def test_whitened_svd_fills_its_budget() -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
     compress = balf.whitened_svd(model, batches(), images=40)
-    small = compress(keep)
-    assert 0.9 * keep * parameters(model) < parameters(small) <= keep * parameters(model)
+    for keep in (0.9, 0.5, 0.2):
+        assert 0.9 * keep * parameters(model) < parameters(compress(keep)) <= keep * parameters(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"keep must be at least 0\.\d+ for this model"):
         compress(0.001)
@@ -219,6 +218,7 @@ def test_lamp_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         pruning.prune_lamp(network(), batches()[0][:1])
 
 
+@pytest.mark.slow
 def test_lamp_meets_the_budget() -> None:
     pytest.importorskip("torch_pruning")
     model = network()
