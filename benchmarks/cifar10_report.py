@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DIRECTORIES = ("cifar10-full", "cifar10-small")
 ORDER = ("plain", "first", "second", "nuclear-mild", "nuclear", "trp")
+FIGURES = ("plain", "nuclear")  # have figures of their own
 PRUNING = ("l1-weights", "l1-filters", "l2-filters", "lamp", "folding")
 PAPER = (30.0, 91.0)  # kept %, accuracy %: arXiv 2505.24469, "up to 91 %", original images, its own dense network
 Look = dict[str, Any]
 LOOKS: dict[str, Look] = {
-    "svd": {"color": "#D55E00", "marker": "o", "linewidth": 2.4},
+    "svd": {"color": "#D55E00", "marker": "o", "linewidth": 2.4, "zorder": 4},
     "svd-images": {"color": "#D55E00", "marker": "o", "markerfacecolor": "white", "linestyle": "--"},
     "svd-spatial": {"color": "#E69F00", "marker": "s"},
     "svd-energy": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
@@ -143,7 +144,9 @@ def draw(directory: Path) -> None:
     """Every figure of a directory of result files, and all rows as CSV."""
     comparison = read_results(directory)
     atomic_write(directory / "rows.csv", comparison.rows_table().to_csv().encode())
-    draw_methods(comparison, directory / "methods.png")
+    for network in FIGURES:
+        if any(row.network == network for row in comparison.rows):
+            draw_methods(comparison, directory / f"methods_{network}.png", network)
     draw_drops(comparison, directory / "accuracy.png")
     if any(row.ranks for row in comparison.rows):
         draw_ranks(comparison, directory / "ranks.png")
@@ -173,29 +176,26 @@ def _size_axis(axis: Any, comparison: Comparison) -> None:
     axis.set_xticks([], minor=True)
 
 
-def draw_methods(comparison: Comparison, path: Path) -> None:
-    """Accuracy against parameters, all methods: a row of panels for the plain network and for the last smooth one."""
-    labels = {row.network: row.label for row in comparison.rows}
-    networks = [name for name in ("plain", "nuclear") if name in labels]
-    methods = [name for name in LOOKS if any(row.method == name for row in comparison.rows)]
-    with figures.styled_figure(path, len(networks), 2, 1.6 + 2.6 * len(networks), sharex=True, sharey=True) as drawing:
-        figure, axes = drawing
-        for line, network in zip(axes, networks, strict=True):
-            for axis, (field, measure) in zip(line, figures.MEASURES.items(), strict=True):
+def draw_methods(comparison: Comparison, path: Path, network: str, near: float = 12.0) -> None:
+    """Accuracy against parameters, all methods on one network: the whole range above, what is near dense below."""
+    label = next(row.label for row in comparison.rows if row.network == network)
+    methods = [name for name in LOOKS if any((row.method, row.network) == (name, network) for row in comparison.rows)]
+    dense = mean([row for row in comparison.rows if row.network == network], "dense_accuracy")
+    with figures.styled_figure(path, 2, 2, 6.6, sharex=True, sharey="row") as (figure, axes):
+        for column, (field, measure) in zip(axes.T, figures.MEASURES.items(), strict=True):
+            for axis in column:
                 for method in methods:
                     if points := _points(comparison, method, network, field):
                         _line(axis, points, method_label(method), LOOKS[method])
-                dense = mean([row for row in comparison.rows if row.network == network], "dense_accuracy")
                 axis.axhline(dense, color="#888888", label="dense", **figures.DENSE_LINE)
-                axis.plot(*PAPER, "*", color="black", markersize=11, label="the paper ‡", linestyle="none", zorder=5)
-                axis.set_title(f"{labels[network]}: {measure}")
+                paper = {"color": "black", "markersize": 11, "linestyle": "none", "zorder": 5}
+                axis.plot(*PAPER, "*", label="paper, original images ‡", **paper)
                 _size_axis(axis, comparison)
+            column[0].set_title(f"{label}: {measure}")
         axes[0, 0].set_ylim(0, 100)
-        figure.supxlabel(
-            "parameters kept (%)\n† looks at unlabelled images in either column   ‡ arXiv 2505.24469: “up to 91 %” at "
-            "30 % kept, ResNet-18, original images",
-            fontsize=figures.STYLE["axes.labelsize"] - 1,
-        )
+        axes[1, 0].set_ylim(dense - near, dense + 1)
+        note = "† looks at unlabelled images in either column   ‡ arXiv 2505.24469: “up to 91 %”, ResNet-18, 30 % kept"
+        figure.supxlabel(f"parameters kept (%)\n{note}", fontsize=figures.STYLE["axes.labelsize"] - 1)
         figure.supylabel("test accuracy (%)", fontsize=figures.STYLE["axes.labelsize"])
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
 
@@ -223,7 +223,7 @@ def draw_drops(comparison: Comparison, path: Path, lowest: float = 8.0) -> None:
 def draw_ranks(comparison: Comparison, path: Path, method: str = "svd") -> None:
     """Rank of every layer at every size, first seed: the share of full rank as colour, the rank as number."""
     found = [row for row in comparison.rows if row.method == method and row.ranks]
-    networks = [name for name in ("plain", "nuclear") if any(row.network == name for row in found)]
+    networks = [name for name in FIGURES if any(row.network == name for row in found)]
     keeps = sorted({row.keep for row in found}, reverse=True)
     layers = list(dict.fromkeys(name for row in found for name in row.ranks))
     layers.sort(key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")][1:] or [99])
@@ -242,7 +242,7 @@ def draw_ranks(comparison: Comparison, path: Path, method: str = "svd") -> None:
             axis.set_yticks(range(len(layers)), layers)
             axis.grid(False)
             axis.set_title(next(row.label for row in found if row.network == network))
-        figure.supxlabel("parameters kept; c: channel scheme, s: spatial scheme", fontsize=9)
+        figure.supxlabel("parameters kept; c: channel scheme, s: spatial scheme; layers left out are dense everywhere", fontsize=9)
         figure.colorbar(image, ax=axes[0], label="rank / full rank")
 
 
@@ -269,10 +269,11 @@ def _chapter(directory: Path) -> str:
         "Every method gets the same trained network and the same share of all its parameters, norms, biases and the "
         "classifier included. Methods marked † look at unlabelled images themselves, so that their first number is "
         "not data-free. Weight pruning counts nonzero weights: it needs an index for each and runs no faster.",
-        f"![Accuracy against parameters, all methods]({pictures}/methods.png)",
     ]
     for name, label in {row.network: row.label for row in comparison.rows}.items():
         parts += [f"### Every method on: {label}", by_method(comparison, name).to_markdown()]
+        if name in FIGURES:
+            parts.append(f"![Accuracy against parameters, all methods]({pictures}/methods_{name}.png)")
     parts += [
         "### Points below dense",
         "SVD with global ranks; mean and standard deviation over seeds.",

@@ -161,10 +161,10 @@ def test_figures_and_page_come_from_the_files_alone(tmp_path: Path, monkeypatch:
         rows = tuple(row for row in made().rows if (row.seed, row.network) == (seed, network))
         (directory / f"{network}-{seed}.json").write_text(replace(made(), rows=rows).to_json())
     cifar10_report.draw(directory)
-    for name in ("methods", "accuracy", "ranks"):
+    for name in ("methods_plain", "methods_nuclear", "accuracy", "ranks"):
         head = (directory / f"{name}.png").read_bytes()[:24]
         assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 1800
     monkeypatch.setattr(cifar10_report, "RESULTS", tmp_path)
     monkeypatch.setattr(cifar10_report, "ROOT", tmp_path)
     page = cifar10_report.page()
-    assert "| plain | 30 | 0.50 ± 0.71 |" in page and "methods.png" in page and "ranks.png" in page
+    assert "| plain | 30 | 0.50 ± 0.71 |" in page and "methods_nuclear.png" in page and "ranks.png" in page
