@@ -28,8 +28,9 @@ from timing import interleave, spread
 
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes import data, figures
-from smoothk.recipes.compare import METHODS, Comparison, Network, compare, merge
+from smoothk.recipes.compare import Comparison, Network, compare, merge
 from smoothk.recipes.config import FREE_FIELDS, TrainConfig
+from smoothk.recipes.methods import METHODS
 from smoothk.recipes.provenance import stamp
 from smoothk.recipes.train import load_run, train
 

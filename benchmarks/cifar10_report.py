@@ -10,7 +10,8 @@ from typing import Any
 
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes import figures
-from smoothk.recipes.compare import METHODS, Comparison, Row, mean, merge
+from smoothk.recipes.compare import Comparison, Row, mean, merge
+from smoothk.recipes.methods import METHODS
 from smoothk.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +243,8 @@ def draw_ranks(comparison: Comparison, path: Path, method: str = "svd") -> None:
             axis.set_yticks(range(len(layers)), layers)
             axis.grid(False)
             axis.set_title(next(row.label for row in found if row.network == network))
-        figure.supxlabel("parameters kept; c: channel scheme, s: spatial scheme; layers left out are dense everywhere", fontsize=9)
+        schemes = "c: channel scheme, s: spatial scheme; layers left out are dense everywhere"
+        figure.supxlabel(f"parameters kept; {schemes}", fontsize=9)
         figure.colorbar(image, ax=axes[0], label="rank / full rank")
 
 

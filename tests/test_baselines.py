@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from smoothk import LowRankConv2d
-from smoothk.recipes import compare, models
+from smoothk.recipes import methods, models
 from smoothk.recipes.baselines import balf, channels, folding, pruning, trp
 
 
@@ -235,6 +235,6 @@ def test_lamp_meets_the_budget() -> None:
 
 
 def test_a_method_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    lamp = compare.METHODS["lamp"]
+    lamp = methods.METHODS["lamp"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert lamp.missing and not compare.METHODS["svd"].missing
+    assert lamp.missing and not methods.METHODS["svd"].missing

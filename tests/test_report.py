@@ -18,7 +18,7 @@ from torch import nn
 
 import smoothk
 from smoothk import svd
-from smoothk.recipes import compare, data, figures, models, provenance
+from smoothk.recipes import compare, data, figures, methods, models, provenance
 from smoothk.recipes.compare import Comparison, Network, Row
 from smoothk.recipes.config import TrainConfig
 from smoothk.report import Table
@@ -116,7 +116,7 @@ def test_a_method_is_prepared_once_for_all_sizes(dataset: data.DataSet, monkeypa
         calls.append(len(list(batches)))
         return lambda keep: smoothk.compress(model, keep).model
 
-    monkeypatch.setitem(compare.METHODS, "once", compare.Method("once", prepare, compare.count_parameters))
+    monkeypatch.setitem(compare.METHODS, "once", methods.Method("once", prepare, compare.count_parameters))
     compare.compare([network("a")], dataset, [0.5, 0.3], ["once"], title="", calibration_images=50, progress=False)
     assert calls == [1]
 
