@@ -15,6 +15,7 @@ from smoothk.recipes import data
 from smoothk.recipes.baselines import balf, folding, pruning
 
 Compress = Callable[[nn.Module, float], nn.Module]
+Count = Callable[[nn.Module], int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Method:
 
     label: str
     prepare: Callable[[nn.Module, data.CalibrationBatches], Callable[[float], nn.Module]]
-    count: Callable[[nn.Module], int]
+    count: Count
     uses_images: bool = False
     needs: str | None = None
     note: str = ""
@@ -48,8 +49,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _data_free(label: str, compress: Compress, count: Callable[[nn.Module], int] = count_parameters, **rest: Any) -> Method:
-    return Method(label, lambda model, _: lambda keep: compress(model, keep), count, **rest)
+def _data_free(label: str, compress: Compress, count: Count = count_parameters, note: str = "") -> Method:
+    return Method(label, lambda model, _: lambda keep: compress(model, keep), count, note=note)
 
 
 def _svd(label: str, **options: Any) -> Method:
