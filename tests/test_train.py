@@ -133,7 +133,8 @@ def test_a_run_out_of_time_stops_with_a_checkpoint_and_goes_on(tmp_path: Path) -
 def test_a_run_of_before_a_field_existed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     to_json = TrainConfig.to_json
     with monkeypatch.context() as patch:
-        patch.setattr(TrainConfig, "to_json", lambda self: {k: v for k, v in to_json(self).items() if k != "truncate_every"})
+        before = lambda self: {k: v for k, v in to_json(self).items() if k != "truncate_every"}  # noqa: E731
+        patch.setattr(TrainConfig, "to_json", before)
         train.train(config(tmp_path), progress=False, seconds=0.0)
     assert run(tmp_path, resume=True).finished
     with pytest.raises(ValueError, match="a run with truncate_every=0, the configuration has 9"):
