@@ -1,9 +1,9 @@
-"""The measured tables of the README and of ``docs/``, made from the files under ``benchmarks/results``.
+"""The measured tables of the README and of ``docs/``, docs/results.md and its figures, from ``benchmarks/results``.
 
     python benchmarks/tables.py            # rewrites them
-    python benchmarks/tables.py --check    # exits 1 if they have drifted
+    python benchmarks/tables.py --check    # exits 1 if a text has drifted; looks at no figure
 
-A table lies between ``<!-- table: NAME -->`` and ``<!-- end -->``; `TABLES` says what each name stands for.
+In the README a table lies between ``<!-- table: NAME -->`` and ``<!-- end -->``; `TABLES` says what a name stands for.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import low_rank_speed
 import speed
-from cifar10 import read_results
+from cifar10_report import DIRECTORIES, by_method, by_network, caption, draw, page, read_results
 
-from smoothk.recipes.compare import METHODS, Comparison, Row, mean
+from smoothk.recipes.compare import Comparison
 from smoothk.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,48 +30,6 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def read(name: str) -> Comparison:
     """The one result file of a benchmark."""
     return Comparison.from_json((RESULTS / name / "results.json").read_text())
-
-
-def by_network(comparison: Comparison, method: str) -> Table:
-    """A line for each network, a column for each size."""
-    networks = {row.network: row.label for row in comparison.rows}
-    return _pivot(comparison, "network", [(label, (method, name)) for name, label in networks.items()])
-
-
-def by_method(comparison: Comparison, network: str) -> Table:
-    """A line for each method, a column for each size."""
-    methods = dict.fromkeys(row.method for row in comparison.rows)
-    return _pivot(comparison, "method", [(METHODS[name].label, (name, network)) for name in methods])
-
-
-def _pivot(comparison: Comparison, head: str, lines: Sequence[tuple[str, tuple[str, str]]]) -> Table:
-    groups = comparison.groups()
-    keeps = sorted({row.keep for row in comparison.rows}, reverse=True)
-    rows = []
-    for label, key in lines:
-        cells = [groups[(keep, *key)] for keep in keeps]
-        rows.append([label, len(cells[0]), mean(cells[0], "dense_accuracy"), *map(_cell, cells)])
-    columns = [head, "seeds", "dense", *(f"{100 * keep:g} % kept" for keep in keeps)]
-    return Table(columns, rows, {"dense": ".2f"})
-
-
-def _cell(rows: Sequence[Row]) -> str:
-    if any(row.accuracy is None for row in rows):
-        return "unreachable"
-    return f"{mean(rows, 'accuracy'):.2f} / {mean(rows, 'accuracy_recalibrated'):.2f}"
-
-
-def caption(comparison: Comparison) -> str:
-    """What the numbers are, of which images, and where they were measured."""
-    versions, machine = comparison.provenance["versions"], comparison.provenance["machine"]
-    first = comparison.rows[0]
-    return (
-        f"Test accuracy in %, data-free / after batch norm was recalibrated on {comparison.calibration_images:,} "
-        f"unlabelled training images; no gradient step in either. {comparison.title}: "
-        f"{first.parameters_before:,} parameters, {comparison.recipe['epochs']} epochs; images: "
-        f"{comparison.data.get('note', comparison.data['source'])}. smoothk {versions['smoothk']}, torch "
-        f"{versions['torch']}, {machine['cpu']}, {comparison.provenance['date']}."
-    )
 
 
 def _networks(comparison: Comparison) -> str:
@@ -132,23 +90,25 @@ def fill(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the tables, or check them."""
+    """Rewrite texts and figures, or check the texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table has drifted")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a text has drifted")
     args = parser.parse_args(argv)
-    drifted = False
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = fill(before)
-        if args.check and after != before:
-            print(
-                f"{page.name}: its tables differ from benchmarks/results; run python benchmarks/tables.py",
-                file=sys.stderr,
-            )
-            drifted = True
-        elif after != before:
-            page.write_text(after, encoding="utf-8")
-    return int(drifted)
+    if not args.check:
+        for name in DIRECTORIES:
+            if (RESULTS / name).exists():
+                draw(RESULTS / name)
+    results = ROOT / "docs" / "results.md"
+    texts = {path: fill(path.read_text(encoding="utf-8")) for path in PAGES if path != results}
+    texts[results] = page()
+    drifted = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if args.check and drifted:
+        names = ", ".join(path.name for path in drifted)
+        print(f"{names}: not what benchmarks/results say; run python benchmarks/tables.py", file=sys.stderr)
+        return 1
+    for path in drifted:
+        path.write_text(texts[path], encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

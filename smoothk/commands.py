@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import smoothk
 from smoothk.checkpoint import CheckpointError, atomic_write
 from smoothk.recipes import data, models, train
-from smoothk.recipes.compare import Comparison, count_parameters, measure
+from smoothk.recipes.compare import Comparison, measure
 from smoothk.recipes.config import TrainConfig
+from smoothk.recipes.methods import count_parameters
 
 
 class UsageError(ValueError):

@@ -178,7 +178,8 @@ def test_wheel_and_source_distribution(checkout: Path, tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
     assert "smoothk/py.typed" in names
-    assert {f"smoothk/{package}/__init__.py" for package in ("integrations", "kernels", "recipes")} <= names
+    packages = ("integrations", "kernels", "recipes", "recipes/baselines")
+    assert {f"smoothk/{package}/__init__.py" for package in packages} <= names
     assert not any(name.startswith(("csrc", "tests", "kernels")) or name.endswith(".so") for name in names)
     script = """
 import smoothk, smoothk.kernels, torch

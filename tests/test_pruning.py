@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from smoothk.recipes import models, pruning
+from smoothk.recipes import models
+from smoothk.recipes.baselines import pruning
 from smoothk.recipes.models import BasicBlock
 
 
@@ -75,14 +76,15 @@ def test_filter_pruning_stays_in_the_budget_and_fills_it(network: nn.Module, kee
     assert parameters(small) > keep * total - step
 
 
-def test_filter_pruning_equals_zeroed_filters(network: nn.Module) -> None:
+@pytest.mark.parametrize("n", [1, 2])
+def test_filter_pruning_equals_zeroed_filters(network: nn.Module, n: int) -> None:
     """The small network computes what the large one does once the pruned channels are silenced, shift included."""
-    small = pruning.prune_filters(network, 0.4)
+    small = pruning.prune_filters(network, 0.4, n=n)
     masked = copy.deepcopy(network)
     with torch.no_grad():
         for dense, cut in zip(masked.modules(), small.modules(), strict=True):
             if isinstance(dense, BasicBlock):
-                norms = dense.conv1.weight.abs().sum((1, 2, 3))
+                norms = dense.conv1.weight.flatten(1).norm(n, dim=1)
                 gone = norms.argsort()[: len(norms) - cut.conv1.out_channels]
                 assert len(gone)
                 for tensor in (dense.conv1.weight, dense.bn1.weight, dense.bn1.bias):

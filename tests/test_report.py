@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import smoothk
-from smoothk.recipes import compare, data, figures, models, provenance
+from smoothk import svd
+from smoothk.recipes import compare, data, figures, methods, models, provenance
 from smoothk.recipes.compare import Comparison, Network, Row
 from smoothk.recipes.config import TrainConfig
 from smoothk.report import Table
@@ -35,6 +36,9 @@ def test_table_in_every_form() -> None:
         ["b", "", "33.333"],
     ]
     assert json.loads(table.to_json())[1] == {"name": "b", "count": None, "share": 33.333}
+
+
+METHODS = [name for name in compare.METHODS if name != "lamp"]  # it takes long and needs a package
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +59,12 @@ def comparison(dataset: data.DataSet) -> Comparison:
     """Untrained networks, two seeds, every method, with one size that only weight pruning reaches."""
     networks = [network("plain", 0), network("plain", 1), network("smooth", 0, nuclear=2e-4, unfolding="spatial")]
     return compare.compare(
-        networks, dataset, [0.5, 0.04], list(compare.METHODS), title="test", calibration_images=100, progress=False
+        networks, dataset, [0.5, 0.04], METHODS, title="test", calibration_images=100, progress=False
     )
 
 
 def test_every_network_method_and_size_has_a_row(comparison: Comparison) -> None:
-    assert len(comparison.rows) == 3 * 2 * len(compare.METHODS)
+    assert len(comparison.rows) == 3 * 2 * len(METHODS)
     assert {row.penalty for row in comparison.rows} == {"none", "nuclear 0.0002 (spatial)"}
     for row in comparison.rows:
         if row.parameters is None:
@@ -85,7 +89,7 @@ def test_rows_count_what_the_compressed_networks_have(comparison: Comparison, da
 def test_comparing_changes_no_network(dataset: data.DataSet) -> None:
     plain = network("plain")
     before = {name: value.clone() for name, value in plain.model.state_dict().items()}
-    compare.compare([plain], dataset, [0.5], list(compare.METHODS), title="", calibration_images=50, progress=False)
+    compare.compare([plain], dataset, [0.5], METHODS, title="", calibration_images=50, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
 
 
@@ -93,6 +97,35 @@ def test_weight_pruning_has_the_macs_of_the_dense_network(comparison: Comparison
     rows = [row for row in comparison.rows if row.method == "l1-weights"]
     assert all(row.macs == row.macs_before and "no speed-up" in row.note for row in rows)
     assert all(row.macs < row.macs_before for row in comparison.rows if row.method == "l1-filters" and row.macs)
+
+
+def test_ranks_are_those_of_the_compressed_network(comparison: Comparison) -> None:
+    row = next(row for row in comparison.rows if (row.method, row.keep, row.seed) == ("svd", 0.5, 0))
+    small = smoothk.compress(network("plain", 0).model, 0.5)
+    assert row.ranks == {
+        name: [layer.scheme, layer.rank, svd.full_rank(layer.shape, layer.groups, layer.scheme)]
+        for name, layer in small.plan.factorized.items()
+    }
+    assert all(row.ranks is None for row in comparison.rows if row.method in ("l1-weights", "l1-filters", "folding"))
+
+
+def test_a_method_is_prepared_once_for_all_sizes(dataset: data.DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def prepare(model: nn.Module, batches: data.CalibrationBatches):
+        calls.append(len(list(batches)))
+        return lambda keep: smoothk.compress(model, keep).model
+
+    monkeypatch.setitem(compare.METHODS, "once", methods.Method("once", prepare, compare.count_parameters))
+    compare.compare([network("a")], dataset, [0.5, 0.3], ["once"], title="", calibration_images=50, progress=False)
+    assert calls == [1]
+
+
+def test_a_missing_package_is_said_before_any_work(dataset: data.DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = replace(compare.METHODS["svd"], needs="no_such_package")
+    monkeypatch.setitem(compare.METHODS, "lamp", method)
+    with pytest.raises(ImportError, match="method 'lamp' needs no-such-package, .*: pip install no-such-package"):
+        compare.compare([network("a")], dataset, [0.5], ["svd", "lamp"], title="")
 
 
 def test_unknown_methods_are_refused(dataset: data.DataSet) -> None:

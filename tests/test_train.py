@@ -121,6 +121,46 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
     assert_same_bits(resumed.model, whole.model)
 
 
+def test_a_run_out_of_time_stops_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    first = train.train(config(tmp_path, checkpoint_every=3), progress=False, seconds=0.0)
+    assert not first.finished and len(first.history) == 1
+    assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "model.safetensors").exists()
+    last = train.train(config(tmp_path, checkpoint_every=3), resume=True, progress=False, seconds=600.0)
+    assert last.finished and (tmp_path / "model.safetensors").exists()
+    assert_same_bits(last.model, run().model)
+
+
+def test_a_run_of_before_a_field_existed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_json = TrainConfig.to_json
+    with monkeypatch.context() as patch:
+        before = lambda self: {k: v for k, v in to_json(self).items() if k != "truncate_every"}  # noqa: E731
+        patch.setattr(TrainConfig, "to_json", before)
+        train.train(config(tmp_path), progress=False, seconds=0.0)
+    assert run(tmp_path, resume=True).finished
+    with pytest.raises(ValueError, match="a run with truncate_every=0, the configuration has 9"):
+        run(tmp_path, resume=True, truncate_every=9)
+
+
+def test_truncation_while_training_leaves_low_rank() -> None:
+    def ranks(model: nn.Module) -> float:
+        weights = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        return sum(smoothk.svd.rank_for_energy(torch.linalg.svdvals(w).square()[None], 0.9) for w in weights)
+
+    steps = 1437 // 64  # one epoch: the last step is one that truncates
+    cut = run(truncate_every=steps, truncate_energy=0.9)
+    assert ranks(cut.model) < ranks(run().model)
+    for weight in (m.weight.detach().flatten(1) for m in cut.model.modules() if isinstance(m, nn.Conv2d)):
+        assert torch.linalg.matrix_rank(weight, rtol=1e-4) < min(weight.shape) or min(weight.shape) < 9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its own functions
+def test_compiled_training_is_the_same_training() -> None:
+    compiled, plain = run(epochs=1, compile=True), run(epochs=1)
+    assert compiled.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-3)
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
 DROPOUT = """
 from torch import nn
 def factory(num_classes, in_channels):

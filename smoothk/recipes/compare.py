@@ -18,43 +18,15 @@ from typing import Any
 from torch import nn
 
 import smoothk
+from smoothk.layers import _LowRank
 from smoothk.macs import count_macs
-from smoothk.recipes import data, pruning
+from smoothk.recipes import data
 from smoothk.recipes.config import FREE_FIELDS, TrainConfig
+from smoothk.recipes.methods import METHODS, count_parameters
 from smoothk.recipes.provenance import stamp
 from smoothk.recipes.train import evaluate
 from smoothk.report import Table
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to compress: ``(model, keep) -> new model``, its name in tables, and how parameters are counted."""
-
-    label: str
-    compress: Callable[[nn.Module, float], nn.Module]
-    count: Callable[[nn.Module], int]
-    note: str = ""
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters of ``model``, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def _svd(**options: Any) -> Callable[[nn.Module, float], nn.Module]:
-    return lambda model, keep: smoothk.compress(model, keep, **options).model
-
-
-METHODS: dict[str, Method] = {
-    "svd": Method("SVD, global ranks", _svd(method="global", scheme="auto"), count_parameters),
-    "svd-spatial": Method("SVD, global ranks, spatial", _svd(method="global", scheme="spatial"), count_parameters),
-    "svd-energy": Method("SVD, equal energy", _svd(method="energy", scheme="auto"), count_parameters),
-    "svd-uniform": Method("SVD, uniform ranks", _svd(method="uniform", scheme="channel"), count_parameters),
-    "l1-weights": Method(
-        "L1 weight pruning", pruning.prune_weights, pruning.count_nonzero, "nonzero weights; no speed-up"
-    ),
-    "l1-filters": Method("L1 filter pruning", pruning.prune_filters, count_parameters),
-}
+from smoothk.svd import full_rank
 
 
 def label(network: str, penalty: str) -> str:
@@ -95,7 +67,8 @@ class Row:
     """One network compressed by one method to one size. Accuracies in %; drops in points below the dense network.
 
     ``parameters`` and everything after it is None where the method cannot reach ``keep``; ``note`` says why.
-    ``seconds`` is the time of the compression itself, recalibration not included.
+    ``seconds`` is the time of the compression itself, recalibration not included; what a method does once for all sizes
+    is in none of them. ``ranks`` has ``[scheme, rank, full rank]`` of every low-rank layer, by name.
     """
 
     network: str
@@ -112,6 +85,7 @@ class Row:
     accuracy_recalibrated: float | None = None
     seconds: float | None = None
     note: str = ""
+    ranks: dict[str, list[Any]] | None = None
 
     @property
     def label(self) -> str:
@@ -129,7 +103,7 @@ class Row:
         return None if self.accuracy_recalibrated is None else self.dense_accuracy - self.accuracy_recalibrated
 
 
-ROW_FIELDS = tuple(item.name for item in fields(Row))
+ROW_FIELDS = tuple(item.name for item in fields(Row) if item.name != "ranks")
 
 
 @dataclass(frozen=True)
@@ -144,8 +118,10 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def to_json(self) -> str:
-        """JSON text that `from_json` reads back."""
-        return json.dumps(asdict(self), indent=1)
+        """JSON text that `from_json` reads back; a line for each row."""
+        head = json.dumps({**asdict(self), "rows": []}, indent=1)
+        rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in self.rows)
+        return head.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}"
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
@@ -259,10 +235,15 @@ def compare(
 
     Raises:
         ValueError: an unknown method, or nothing to compare. A size that a method cannot reach is a row, no error.
+        ImportError: a method needs a package that is not installed.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not (networks and keeps and methods):
         raise ValueError(f"methods must be of {', '.join(METHODS)}, one network and size at least, got {unknown}")
+    for name in methods:
+        if METHODS[name].missing:
+            package = METHODS[name].needs.replace("_", "-")
+            raise ImportError(f"method {name!r} needs {package}, which is not installed: pip install {package}")
     count = min(calibration_images, len(dataset.train_images))
     calibration = data.calibration_batches(dataset, count)
     rows = []
@@ -280,6 +261,7 @@ class _Bench:
 
     def __init__(self, network: Network, dataset: data.DataSet, calibration: data.CalibrationBatches) -> None:
         self.network, self.dataset, self.calibration = network, dataset, calibration
+        self.prepared: dict[str, Callable[[float], nn.Module]] = {}
         self.example = data.normalize(dataset.test_images[:1], dataset.normalization)
         self.start = Row(
             network=network.name,
@@ -294,9 +276,11 @@ class _Bench:
 
     def row(self, method: str, keep: float) -> Row:
         row = replace(self.start, method=method, keep=keep, note=METHODS[method].note)
+        if method not in self.prepared:
+            self.prepared[method] = METHODS[method].prepare(self.network.model, self.calibration)
         started = time.perf_counter()
         try:
-            model = METHODS[method].compress(self.network.model, keep)
+            model = self.prepared[method](keep)
         except ValueError as error:
             return replace(row, note=str(error))
         seconds = time.perf_counter() - started
@@ -309,10 +293,22 @@ class _Bench:
             accuracy=accuracy,
             accuracy_recalibrated=self._accuracy(model),
             seconds=round(seconds, 3),
+            ranks=_ranks(model),
         )
 
     def _accuracy(self, model: nn.Module) -> float:
         return measure(model, self.dataset, self.network.config)
+
+
+def _ranks(model: nn.Module) -> dict[str, list[Any]] | None:
+    """Scheme, rank and full rank of every low-rank layer; None if there is none."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _LowRank)}
+    return {name: _rank(layer) for name, layer in layers.items()} or None
+
+
+def _rank(layer: _LowRank) -> list[Any]:
+    scheme, groups = getattr(layer, "scheme", "channel"), getattr(layer, "groups", 1)
+    return [scheme, layer.rank, full_rank(layer.weight.shape, groups, scheme)]
 
 
 def measure(model: nn.Module, dataset: data.DataSet, config: TrainConfig) -> float:

@@ -40,8 +40,11 @@ class TrainConfig:
         warmup: share of the steps in which the learning rate rises.
         first_order, second_order, nuclear, norm, normalized, unfolding: of `smoothk.SmoothnessPenalty`.
         penalty_warmup: epochs in which the penalty's scale rises from 0 to 1 in a line.
+        truncate_every: steps between truncations of all convolutions, as Trained Rank Pruning does; 0 for none.
+        truncate_energy: share of each convolution's energy that a truncation leaves.
         precision: "fp32" or "bf16" (autocast).
         channels_last: memory format of images and convolution weights.
+        compile: run forward and backward passes by `torch.compile`.
         seed: of the initial weights, the order of the images, crops and flips.
         threads: CPU threads; 0 leaves PyTorch's choice.
         device: "cpu", "cuda" or "cuda:N".
@@ -73,8 +76,11 @@ class TrainConfig:
     normalized: bool = False
     unfolding: str = "channel"
     penalty_warmup: float = 0.0
+    truncate_every: int = 0
+    truncate_energy: float = 0.98
     precision: str = "fp32"
     channels_last: bool = True
+    compile: bool = False
     seed: int = 0
     threads: int = 0
     device: str = "cpu"
@@ -100,10 +106,13 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
-        for name in ("weight_decay", "first_order", "second_order", "nuclear", "penalty_warmup", "threads", "seed"):
+        at_least_0 = ("weight_decay", "first_order", "second_order", "nuclear", "penalty_warmup", "truncate_every")
+        for name in (*at_least_0, "threads", "seed"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
+        if not 0 < self.truncate_energy <= 1:
+            raise ValueError(f"truncate_energy must be above 0 and at most 1, got {self.truncate_energy}")
         for name in ("momentum", "label_smoothing", "validation", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -60,11 +60,16 @@ class DataSet:
         """Channels of the images."""
         return self.train_images.shape[1]
 
+    def to(self, device: torch.device | str) -> DataSet:
+        """The same with its tensors on ``device``."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     @cached_property
     def normalization(self) -> Normalization:
         """Statistics of the training images, exact: they are computed from the histogram of the 256 pixel values."""
         values = torch.arange(256, dtype=torch.float64) / 255
-        histograms = [channel.flatten().bincount(minlength=256) for channel in self.train_images.unbind(1)]
+        histograms = [channel.flatten().bincount(minlength=256).cpu() for channel in self.train_images.unbind(1)]
         weights = torch.stack(histograms).double()
         weights /= weights.sum(1, keepdim=True)
         mean = weights @ values

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from smoothk.candidates import find_candidates
 from smoothk.checkpoint import atomic_write
-from smoothk.recipes.compare import METHODS, Comparison, Row, mean
+from smoothk.recipes.compare import Comparison, Row, mean
+from smoothk.recipes.methods import METHODS
 from smoothk.report import Table
 from smoothk.unfolding import unfold
 
@@ -158,7 +159,7 @@ def accuracy(
     Args:
         comparison: the rows to draw.
         path: PNG to write; the plotted data go beside it as CSV.
-        methods: keys of `smoothk.recipes.compare.METHODS`; default: all there are.
+        methods: keys of `smoothk.recipes.methods.METHODS`; default: all there are.
         lowest: accuracy in % at the bottom; what lies below is cut off.
     """
     methods = list(methods or dict.fromkeys(row.method for row in comparison.rows))

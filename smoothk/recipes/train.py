@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from smoothk.checkpoint import CheckpointError, atomic_write, load, save
 from smoothk.penalties import SmoothnessPenalty
 from smoothk.recipes import data, models
+from smoothk.recipes.baselines import trp
 from smoothk.recipes.config import FREE_FIELDS, TrainConfig
 
 MAGIC = b"smoothk run 1\n"
@@ -47,6 +48,11 @@ class TrainResult:
     config: TrainConfig
     dataset: data.DataSet
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.history) == self.config.epochs
 
     @property
     def test_accuracy(self) -> float:
@@ -119,7 +125,14 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, download: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    download: bool = False,
+    seconds: float | None = None,
+) -> TrainResult:
     """Train a network; the caller's random state and thread count are left as they were.
 
     Args:
@@ -127,6 +140,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, d
         resume: go on from the checkpoint in `config.out_dir`; start afresh if there is none yet.
         progress: one line per epoch on stderr, and a bar within it where that is a terminal and tqdm is installed.
         download: fetch the data set if it is not there.
+        seconds: stop, with a checkpoint, after the epoch (the first at least) after which another would end later than
+            this after the call began; `TrainResult.finished` says whether it did.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -134,6 +149,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, d
         ValueError: `out_dir` holds a run and `resume` is False, or it holds a run of another configuration.
         FloatingPointError: the loss is no longer finite.
     """
+    began = time.perf_counter()
     out_dir = Path(config.out_dir) if config.out_dir is not None else None
     if resume and out_dir is None:
         raise ValueError("out_dir must be given to resume a run")
@@ -154,14 +170,17 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, d
             for leftover in out_dir.glob(".*.tmp"):  # of a write that was killed half-way
                 leftover.unlink()
             atomic_write(out_dir / "config.json", _json_bytes(run.description()))
-        while len(run.history) < config.epochs:
+        stopped = False
+        while len(run.history) < config.epochs and not stopped:
+            before = time.perf_counter()
             run.epoch(progress)
-            epoch = len(run.history)
-            if out_dir is not None and (epoch % config.checkpoint_every == 0 or epoch == config.epochs):
+            epoch, now = len(run.history), time.perf_counter()
+            stopped = seconds is not None and now - began + (now - before) > seconds
+            if out_dir is not None and (epoch % config.checkpoint_every == 0 or epoch == config.epochs or stopped):
                 run.save(out_dir / "checkpoint.pt")
                 atomic_write(out_dir / "history.json", _json_bytes(run.history))
         model = run.model.eval()
-        if out_dir is not None:
+        if out_dir is not None and len(run.history) == config.epochs:
             atomic_write(out_dir / "history.json", _json_bytes(run.history))
             save(model, out_dir / "model.safetensors")
     return TrainResult(model, config, dataset, run.history)
@@ -181,6 +200,7 @@ class _Run:
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
         self.penalty = _penalty(config, self.model)
+        self.forward = torch.compile(self.model) if config.compile else self.model
         self.images = dataset.train_images.to(device)
         self.labels = dataset.train_labels.to(device)
         self.steps_per_epoch = max(len(self.images) // config.batch_size, 1)
@@ -251,7 +271,7 @@ class _Run:
             group["lr"] = lr
         self.optimizer.zero_grad()
         with _autocast(self.device, config.precision):
-            logits = self.model(x).float()
+            logits = self.forward(x).float()
             loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
         loss.backward()
         penalty = torch.zeros((), device=self.device)
@@ -260,6 +280,8 @@ class _Run:
             self.penalty.scale = min((step + 1) / rise, 1.0) if rise > 0 else 1.0
             penalty = self.penalty.accumulate_grad()
         self.optimizer.step()
+        if config.truncate_every and (step + 1) % config.truncate_every == 0:
+            trp.truncate(self.model, config.truncate_energy)
         return loss.detach(), penalty, (logits.detach().argmax(1) == y).sum()
 
     def description(self) -> dict[str, Any]:
@@ -297,7 +319,8 @@ class _Run:
             ValueError: it belongs to a run of another configuration, or the images have changed since.
         """
         state = read_state(path)
-        saved, ours = state["config"], self.config.to_json()
+        # A run of an earlier version has no word of what came later: that had its default.
+        saved, ours = {**TrainConfig().to_json(), **state["config"]}, self.config.to_json()
         for name in ours:
             if name not in FREE_FIELDS and saved.get(name) != ours[name]:
                 raise ValueError(

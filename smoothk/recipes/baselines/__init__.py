@@ -1,0 +1,1 @@
+"""What smoothk is compared with: other people's ways to compress a trained network without a gradient step."""
