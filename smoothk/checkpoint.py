@@ -190,7 +190,8 @@ def _read(path: Path) -> tuple[RankPlan, dict[str, str], dict[str, Tensor]]:
             header = json.loads(metadata[_KEY])
             if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
                 raise CheckpointError(f"{path} must have format version {FORMAT_VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # safe_open is no mapping
+            # Copies: what safetensors gives lies in the mapped file, which may change, and is not aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # safe_open is no mapping
         if header.get("sha256") != _digest(header, tensors):
             raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
         plan = RankPlan.from_json(json.dumps(header["plan"]))
