@@ -19,6 +19,7 @@ del _checkout, Path
 from .backend import BackendUnavailable, info  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .compress import CompressionResult, compress, factorize, recalibrate_batch_norm  # noqa: E402
+from .decompress import decompress, to_sequential  # noqa: E402
 from .functional import difference_penalty, nuclear_norm  # noqa: E402
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
 from .low_rank_conv import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "RankPlan",
     "SmoothnessPenalty",
     "compress",
+    "decompress",
     "difference_penalty",
     "factorize",
     "info",
@@ -49,6 +51,7 @@ __all__ = [
     "plan_ranks",
     "recalibrate_batch_norm",
     "save",
+    "to_sequential",
     "tune",
 ]
 

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .layers import Conv, _LowRank
+from .transposed import as_linear, transposed_linear_types
 
 _DENSE_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Layers by name, in the model's order; `layers` can be factorised, `refused` says why the others stay dense."""
+    """Layers by name, in the model's order; `layers` can be factorised, `refused` says why the others stay dense.
+
+    For a linear layer with a transposed weight, `layers` holds a `torch.nn.Linear` on the same memory.
+    """
 
     layers: dict[str, Conv | nn.Linear]
     refused: dict[str, str]
@@ -34,7 +38,7 @@ def find_candidates(model: nn.Module) -> Candidates:
     for name, module in model.named_modules():
         reason = _obstacle(module, uses)
         if reason is None:
-            layers[name] = module
+            layers[name] = as_linear(module) if isinstance(module, transposed_linear_types()) else module
         elif reason:
             refused[name] = reason
     return Candidates(layers, refused)
@@ -48,17 +52,17 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
         return "low-rank already"
     if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "weight"):
         return "quantised"
-    if not isinstance(module, _DENSE_TYPES):
+    kind = next((kind for kind in (*_DENSE_TYPES, *transposed_linear_types()) if isinstance(module, kind)), None)
+    if kind is None:
         return ""
     if parametrize.is_parametrized(module):
         return "parametrised"
     if isinstance(module, LazyModuleMixin):
         return "not initialised (lazy)"
-    kind = next(kind for kind in _DENSE_TYPES if isinstance(module, kind))
     if vars(module).keys() & {"forward", "_conv_forward"}:
         return "its forward is patched"
     if type(module).forward is not kind.forward or (
-        kind is not nn.Linear and type(module)._conv_forward is not kind._conv_forward
+        issubclass(kind, _ConvNd) and type(module)._conv_forward is not kind._conv_forward
     ):
         return f"{type(module).__name__} has a forward of its own"
     weight = module._parameters.get("weight")
@@ -70,7 +74,7 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
         return "its weight is tied to another module's"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if kind is not nn.Linear and module.groups > 1 and module.groups == module.in_channels:
+    if issubclass(kind, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
         return "depthwise"
     if weight.numel() == 0:
         return "its weight is empty"

@@ -26,6 +26,7 @@ from .low_rank_conv import check_method
 from .rank_plan import LayerPlan, RankPlan
 
 FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"  # its name in a folder, that of Hugging Face
 _KEY = "smoothk"
 
 
@@ -65,7 +66,7 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
     Args:
         model_or_factory: the dense model (which is not changed), or a function that makes it, called once; it may be
             on the meta device, and may have some of the file's low-rank layers already.
-        path: the file.
+        path: the file, or a folder with ``model.safetensors``.
 
     Returns:
         A new model with the file's low-rank layers, values and dtypes, on the devices of the given model (on the CPU
@@ -79,7 +80,7 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
     model = model_or_factory if isinstance(model_or_factory, nn.Module) else None
     if model is None and not callable(model_or_factory):
         raise TypeError(f"model_or_factory must be a module or a function, got {type(model_or_factory).__name__}")
-    plan, methods, tensors = _read(Path(path))
+    plan, methods, tensors = read(Path(path))
     dense = deep_copy(model) if model is not None else model_or_factory()
     if not isinstance(dense, nn.Module):
         raise TypeError(f"model_or_factory must give a torch.nn.Module, got {type(dense).__name__}")
@@ -176,10 +177,27 @@ def _digest(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[RankPlan, dict[str, str], dict[str, Tensor]]:
-    """Plan, methods and tensors of a file, tied names included, every byte of it checked."""
+def is_smoothk_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `load` is the one to read ``path``, or to say what is wrong with it: False for a sound safetensors file
+    of another program."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True
+
+
+def read(path: Path) -> tuple[RankPlan, dict[str, str], dict[str, Tensor]]:
+    """Plan, methods and tensors of a file or folder, tied names included, every byte of it checked.
+
+    Raises:
+        CheckpointError, FileNotFoundError, OSError: as `load`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = path / MODEL_FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -190,7 +208,8 @@ def _read(path: Path) -> tuple[RankPlan, dict[str, str], dict[str, Tensor]]:
             header = json.loads(metadata[_KEY])
             if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
                 raise CheckpointError(f"{path} must have format version {FORMAT_VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # safe_open is no mapping
+            # Copies: what safetensors gives lies in the mapped file, which may change, and is not aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # safe_open is no mapping
         if header.get("sha256") != _digest(header, tensors):
             raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
         plan = RankPlan.from_json(json.dumps(header["plan"]))

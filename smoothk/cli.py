@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", commands.run_evaluate, "accuracy of a run or of a compressed file on the test images"
     )
     _add_source_options(evaluate)
+    _add_load_options(command("load", commands.run_load, "check a model file or folder, and tell what is in it"))
     _add_plot_options(command("plot", commands.run_plot, "draw figures of runs and of result files"))
     command("info", commands.run_info, "versions, backends, and why one is missing")
     return parser
@@ -174,6 +175,15 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the compressed model; {keep} stands for the share")
     parser.add_argument("--plan", metavar="FILE", help="write the plan as JSON; {keep} stands for the share")
     parser.add_argument("--dry-run", action="store_true", help="plan only")
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="file of smoothk.save, or a folder with model.safetensors")
+    parser.add_argument(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="load it into what this function makes, from the arguments in the folder's config.json",
+    )
 
 
 def _add_plot_options(parser: argparse.ArgumentParser) -> None:

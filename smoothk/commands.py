@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import smoothk
-from smoothk.checkpoint import CheckpointError, atomic_write
+from smoothk.checkpoint import MODEL_FILE, CheckpointError, atomic_write, read
 from smoothk.recipes import data, models, train
 from smoothk.recipes.compare import Comparison, measure
 from smoothk.recipes.config import TrainConfig
@@ -200,6 +200,49 @@ def _compress_once(
         smoothk.save(small, payload["output"])
         lines.append(f"written to {payload['output']}")
     return payload, "\n".join(lines)
+
+
+def run_load(args: argparse.Namespace) -> Output:
+    """What a file holds, every byte of it checked, and whether it fits a model."""
+    path = Path(args.path)
+    path = path / MODEL_FILE if path.is_dir() else path
+    plan, methods, tensors = read(path)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    payload = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "tensors": len(tensors),
+        "dtypes": dtypes,
+        "methods": methods,
+        "plan": json.loads(plan.to_json()),
+    }
+    share = plan.parameters / max(plan.parameters_before, 1)
+    lines = [
+        f"{path}: {payload['bytes']:,} bytes, {len(tensors)} tensors of {', '.join(dtypes)}, checksum right",
+        f"{plan.parameters:,} of {plan.parameters_before:,} parameters ({100 * share:.2f} %), "
+        f"{len(plan.factorized)} low-rank layers",
+    ]
+    if plan.factorized:
+        lines += ["", str(plan.table())]
+    if args.model is not None:
+        model = smoothk.load(lambda: models.from_factory(args.model, **_saved_arguments(path)), path)
+        payload["fits"], payload["class"] = args.model, type(model).__name__
+        lines += ["", f"fits {args.model}: a {type(model).__name__}"]
+    return Output(payload, "\n".join(lines))
+
+
+def _saved_arguments(path: Path) -> dict[str, Any]:
+    """The arguments of the model that Hugging Face's mixin writes beside ``model.safetensors``."""
+    file = path.with_name("config.json")
+    if path.name != MODEL_FILE or not file.is_file():
+        return {}
+    try:
+        arguments = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"{file}: must hold the arguments of the model, got {type(arguments).__name__}")
+    return arguments
 
 
 def run_plot(args: argparse.Namespace) -> Output:

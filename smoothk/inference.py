@@ -38,7 +38,8 @@ class LowRankReLU(nn.Module):
         self.layer, self.relu = layer, relu
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and not isinstance(residual, Tensor):  # torch.fx cannot tell a number from a tensor
+        # torch.fx cannot tell a number from a tensor; `smoothk.decompress` puts a layer in that takes the input only.
+        if not isinstance(self.layer, _LowRank) or (residual is not None and not isinstance(residual, Tensor)):
             return finish(self.layer(input), residual, self.relu)
         return self.layer(input, residual, self.relu)
 

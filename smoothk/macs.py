@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .layers import _LowRank, _LowRankConvNd
+from .transposed import transposed_linear_types
 from .unfolding import matrix_shape
 
 
@@ -47,11 +48,11 @@ def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
     calls: dict[str, LayerCalls] = {}
     handles = []
     modes = {module: module.training for module in model.modules()}
-    kinds = (_ConvNd, nn.Linear, _LowRank)
+    kinds = (_ConvNd, nn.Linear, _LowRank, *transposed_linear_types())
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             entry = calls.setdefault(name, LayerCalls())
             if isinstance(module, _ConvNd | _LowRankConvNd):
                 axes = len(module.kernel_size)

@@ -60,7 +60,8 @@ class SmoothnessPenalty(nn.Module):
         unfolding: as in `smoothk.nuclear_norm`.
         select: ``(name, module, parameter) -> bool``, called for every parameter of the model; default: weights of
             convolutions and linear layers, without depthwise ones. Tied weights count once. Transposed convolutions,
-            embeddings, norms and low-rank layers are left out by default.
+            embeddings, norms and low-rank layers are left out by default, and transformers' ``Conv1D``, whose rows are
+            inputs (select it together with ``dim=1``).
         backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         method: of `smoothk.nuclear_norm`.
         every: calls that share the polar factors of the nuclear norm. From the second to the last of them the term is

@@ -132,7 +132,7 @@ def _exclude(
     if unknown:
         raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
     inside = {id(m) for name in names for m in model.get_submodule(name).modules()}
-    kept = {name: layer for name, layer in layers.items() if id(layer) not in inside}
+    kept = {name: layer for name, layer in layers.items() if id(model.get_submodule(name)) not in inside}
     out = {name: "excluded" for name in layers if name not in kept}
     return kept, {**refused, **out}
 
@@ -203,7 +203,8 @@ def _plan(
     plans = {}
     modules = dict(model.named_modules())
     for name in (name for name in modules if name in layers or name in refused):
-        weight, groups = getattr(modules[name], "weight", None), getattr(modules[name], "groups", 1)
+        module = layers.get(name, modules[name])
+        weight, groups = getattr(module, "weight", None), getattr(module, "groups", 1)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
         count = weight.numel() if isinstance(weight, nn.Parameter) else 0
         macs = None if calls is None else calls[name].dense if name in calls else 0

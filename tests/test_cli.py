@@ -79,6 +79,7 @@ def test_info(invoke: Invoke) -> None:
         ["compress", "run", "--keep", "0.1", "0.2", "--from-plan", "plan.json"],
         ["evaluate", "--model", "a:b", "--weights", "w"],
         ["plot"],
+        ["load"],
     ],
 )
 def test_wrong_usage_is_two_and_one_line(invoke: Invoke, arguments: list[str]) -> None:
@@ -102,7 +103,7 @@ def test_help_tells_every_training_option(invoke: Invoke) -> None:
     assert "--no-augment" in text
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "compress", "evaluate", "plot", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "compress", "evaluate", "load", "plot", "info"])
 def test_every_command_has_help(invoke: Invoke, command: str) -> None:
     done = invoke(command, "--help")
     assert done.code == 0 and done.out.startswith(f"usage: smoothk {command}")
@@ -178,6 +179,33 @@ def test_compress_a_model_of_ones_own(invoke: Invoke, tmp_path: Path, monkeypatc
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * sum(p.numel() for p in tiny().parameters())
 
 
+def wide(width: int = 30) -> nn.Module:
+    """A model for ``--model`` with an argument."""
+    return nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 5))
+
+
+def test_load_tells_what_is_in_a_file_or_folder(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    file = tmp_path / "model.safetensors"
+    result = smoothk.compress(wide(40), 0.5)
+    smoothk.save(result.model, file)
+    for path in (file, tmp_path):
+        done = invoke("load", path, "--json").json
+        assert done["file"] == str(file) and done["bytes"] == file.stat().st_size and done["dtypes"] == ["float32"]
+        assert done["plan"]["parameters"] == result.plan.parameters
+        assert list(done["plan"]["layers"]) == list(result.plan.factorized)
+    other = invoke("load", tmp_path, "--model", "test_cli:wide")
+    assert other.code == 1 and "does not fit the model" in one_line(other.err)
+    (tmp_path / "config.json").write_text('{"width": 40}')
+    text = invoke("load", tmp_path, "--model", "test_cli:wide").out
+    assert "fits test_cli:wide: a Sequential" in text and f"{result.plan.parameters:,} of " in text
+    for wrong in ("[40]", "{", '{"depth": 3}'):
+        (tmp_path / "config.json").write_text(wrong)
+        assert invoke("load", tmp_path, "--model", "test_cli:wide").code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -187,6 +215,9 @@ def test_compress_a_model_of_ones_own(invoke: Invoke, tmp_path: Path, monkeypatc
         (["compress", "RUN", "--from-plan", "BAD"], "must be the JSON of a RankPlan"),
         (["compress", "RUN", "--from-plan", "missing.json"], "missing.json"),
         (["evaluate", "missing"], "missing"),
+        (["load", "missing"], "no such file: missing"),
+        (["load", "OUT"], "model.safetensors"),
+        (["load", "BAD"], "bad is damaged or not a smoothk file"),
         (["evaluate", "RUN", "--weights", "BAD"], "bad"),
         (["evaluate", "RUN", "--data", "cifar10", "--data-dir", "missing"], "cifar10 not found"),
         (["plot", "--results", "BAD"], "must be the JSON of a Comparison"),
