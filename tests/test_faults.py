@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_killed_training_damages_nothing_and_ends_with_the_same_bits() -> None:
-    command = [sys.executable, str(ROOT / "tests" / "kill_training.py"), "10"]
+    command = [sys.executable, str(ROOT / "tests" / "kill_training.py"), "6"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     report = json.loads(done.stdout)
     assert (report["damaged"], report["different"]) == (0, 0), report
-    assert report["kills"] == 10 and report["ends"] >= 1 and report["while_writing"] >= 1 and done.returncode == 0
+    assert report["kills"] == 6 and report["ends"] >= 1 and report["while_writing"] >= 1 and done.returncode == 0
 
 
 @pytest.mark.parametrize("name", fuzz_files.KINDS)
@@ -214,8 +214,6 @@ def test_a_planted_pickle_is_never_run(
     assert (tmp_path / "grown").exists(), "the plant has to be a live one"
 
 
-# Where something is unpickled: CIFAR's files, by an unpickler that knows no class, and what a test has pickled itself.
-UNPICKLING = {"smoothk/recipes/cifar.py", "tests/test_faults.py", "tests/test_data.py", "tests/test_low_rank_ops.py"}
 LOADERS = ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "joblib.load", "dill.load", "marshal.loads")
 
 
@@ -258,9 +256,11 @@ def test_the_search_for_dangers_finds_them() -> None:
 
 
 def test_no_file_of_the_repository_unpickles_or_asks_a_shell() -> None:
+    """But for CIFAR's own files, whose unpickler knows no class, and what a test has pickled itself."""
     files = sources()
     assert len(files) > 100
     found = {str(file.relative_to(ROOT)): dangers(file.read_text()) for file in files}
-    assert {name for name, calls in found.items() if calls} <= UNPICKLING
-    assert found["smoothk/recipes/cifar.py"] == ["pickle.Unpickler"]
-    assert not any(name.startswith("smoothk/") and "torch.load" in calls for name, calls in found.items())
+    assert found.pop("smoothk/recipes/cifar.py") == ["pickle.Unpickler"]
+    for name, calls in found.items():
+        own = ("pickle.load", "pickle.loads") if name.startswith("tests/") else ()
+        assert not [call for call in calls if call not in own], name

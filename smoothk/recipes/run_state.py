@@ -57,7 +57,7 @@ def write_state(path: Path, state: RunState) -> None:
     tensors, orders = {}, {}
     for name, tensor in state.tensors.items():
         # In the order in which its entries lie in memory: what is computed from them may depend on it in the last bit.
-        order = sorted(range(tensor.dim()), key=lambda axis, t=tensor: -t.stride(axis))
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         tensors[name] = tensor.detach().permute(order).to("cpu", copy=True).contiguous()
         if order != sorted(order):
             orders[name] = order
