@@ -18,6 +18,7 @@ TESTS = (
     "test_op_table.py",
     "test_difference.py",
     "test_low_rank_ops.py",
+    "test_factor_cache.py",
     "test_low_rank_conv.py",
     "test_layers.py",
     "test_inference.py",

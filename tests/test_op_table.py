@@ -32,8 +32,8 @@ def fused() -> tuple[Any, ...]:
     v, u = conv_factors()
     packed = torch.ops.smoothk.low_rank_conv_pack(v, u, 2)
     stride, padding, dilation, groups = CONV
-    options = (list(v.shape), list(u.shape), stride, padding, dilation, [4, 6], groups, True, True, True)
-    return torch.randn(2, 8, 7, 6), packed, torch.randn(12), torch.randn(2, 12, 4, 6), *options
+    numbers = [*v.shape, *u.shape, groups, *stride, *padding, *dilation, 4, 6]
+    return torch.randn(2, 8, 7, 6), packed, torch.randn(12), torch.randn(2, 12, 4, 6), numbers, True, True, True
 
 
 # name: how its arguments are made. Triton's interpreter, which patches its own module in a call, runs one at a time.
