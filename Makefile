@@ -1,14 +1,16 @@
-# make demo | test | test-full | lint | clean. The first use sets up .venv; SMOOTHK_BUILD=auto|cpu|cuda|none chooses what is compiled.
+# make demo | test | test-full | coverage | sanitize | mutants | faults | lint | clean. The first use sets up .venv; SMOOTHK_BUILD=auto|cpu|cuda|none chooses what is compiled.
 PYTHON ?= python3
 SMOOTHK_BUILD ?= auto
 PYTEST_ARGS ?=
+KILLS ?= 200
+FILES ?= 10000
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := .venv/ready-$(SMOOTHK_BUILD)
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full coverage sanitize mutants faults lint clean
 
 demo: $(READY)
 	$(BIN)/smoothk demo
@@ -18,6 +20,23 @@ test: $(READY)
 
 test-full: .venv/ready-full
 	$(BIN)/python -m pytest -W error -m "" $(PYTEST_ARGS)
+
+coverage: $(READY) .venv/ready-tools
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -W error $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+sanitize: $(READY) .venv/ready-tools
+	$(BIN)/python tests/sanitize.py
+
+mutants: $(READY) .venv/ready-tools
+	$(BIN)/python tests/mutants.py
+
+faults: $(READY)
+	$(BIN)/python -m pytest -W error -m "" tests/test_faults.py
+	PYTHONPATH=. $(BIN)/python tests/kill_training.py $(KILLS)
+	PYTHONPATH=. $(BIN)/python tests/fuzz_files.py $(FILES)
 
 lint: .venv/ready-lint
 	$(BIN)/ruff check .
@@ -41,6 +60,10 @@ $(READY): $(SOURCES) | .venv/bin/python
 # The models and tools of others that `test-full` runs on; the constraints keep the torch that is there.
 .venv/ready-full: $(READY)
 	SMOOTHK_BUILD=$(SMOOTHK_BUILD) $(PIP) --editable '.[full]'
+	@touch $@
+
+.venv/ready-tools: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) coverage pybind11 cmake ninja
 	@touch $@
 
 .venv/ready-lint: pyproject.toml constraints.txt | .venv/bin/python

@@ -101,9 +101,18 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace ``path`` by ``data`` so that a crash at any moment leaves either the old file or the new one.
 
     Raises:
-        OSError: the directory does not exist or cannot be written, or the disk is full; the old file is intact.
+        OSError: the directory does not exist or cannot be written, or the disk is full; it names ``path``, and the old
+            file is intact.
     """
     path = Path(path)
+    try:
+        _atomic_write(path, data)
+    except OSError as error:
+        # A full disk names no file, and the others name one that the caller does not know.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _atomic_write(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

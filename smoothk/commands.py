@@ -70,7 +70,7 @@ def run_train(args: argparse.Namespace) -> Output:
 def _saved_config(out_dir: Path) -> dict[str, Any]:
     try:
         return json.loads((out_dir / "config.json").read_text())["config"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{out_dir / 'config.json'}: not the configuration of a run: {error}") from None
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import smoothk
 from smoothk.checkpoint import CheckpointError
-from smoothk.recipes import data, train
+from smoothk.recipes import data, run_state, train
 from smoothk.recipes.config import SCHEDULES, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +189,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, "the run must be killed before its end"
-        assert epochs <= len(train.read_state(out_dir / "checkpoint.pt")["history"]) < 60
+        assert epochs <= len(train.read_state(out_dir / "checkpoint.pt").history) < 60
     run(out_dir, resume=True, **options)
     run(tmp_path / "whole", **options)
     assert (out_dir / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -282,10 +282,10 @@ def test_damaged_checkpoint_is_refused_before_it_is_parsed(
     content = (finished[0] / "checkpoint.pt").read_bytes()
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content)
-    assert len(train.read_state(path)["history"]) == 3
+    assert len(train.read_state(path).history) == 3
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("parsed a damaged file"))
-    header = len(train.MAGIC) + 32
-    for size in (0, 5, len(train.MAGIC), header - 1, header, header + 100, len(content) - 1):
+    header = len(run_state.MAGIC) + 32
+    for size in (0, 5, len(run_state.MAGIC), header - 1, header, header + 100, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
             train.read_state(path)
@@ -313,7 +313,7 @@ def test_planted_pickle_behind_a_right_checksum_is_not_executed(tmp_path: Path) 
 
     path = tmp_path / "checkpoint.pt"
     for payload in (pickle.dumps(Plant(), protocol=2), b"", b"text", pickle.dumps([1, 2], protocol=2)):
-        path.write_bytes(train.MAGIC + hashlib.sha256(payload).digest() + payload)
+        path.write_bytes(run_state.MAGIC + hashlib.sha256(payload).digest() + payload)
         with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
             train.read_state(path)
     assert not proof.exists()

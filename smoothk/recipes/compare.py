@@ -21,7 +21,7 @@ import smoothk
 from smoothk.layers import _LowRank
 from smoothk.macs import count_macs
 from smoothk.recipes import data
-from smoothk.recipes.config import FREE_FIELDS, TrainConfig
+from smoothk.recipes.config import FREE_FIELDS, TrainConfig, check_type
 from smoothk.recipes.methods import METHODS, count_parameters
 from smoothk.recipes.provenance import stamp
 from smoothk.recipes.train import evaluate
@@ -87,6 +87,19 @@ class Row:
     note: str = ""
     ranks: dict[str, list[Any]] | None = None
 
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless every field has its type and range."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            check_type(item.name, item.type, value)
+            if isinstance(value, int | float) and not abs(value) < 2**63:  # NaN as well
+                raise ValueError(f"{item.name} must be a finite number, got {value!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        measured = (self.parameters, self.macs, self.accuracy, self.accuracy_recalibrated)
+        if len({value is None for value in measured}) > 1:
+            raise ValueError("a row must have parameters, MACs and accuracies, or none of them")
+
     @property
     def label(self) -> str:
         """What the network is called in figures and tables."""
@@ -128,9 +141,15 @@ class Comparison:
         """Read the text of `to_json`; ValueError if it is none."""
         try:
             values = json.loads(text)
-            return cls(**{**values, "rows": tuple(Row(**row) for row in values["rows"])})
-        except (ValueError, TypeError, KeyError) as error:
+            read = cls(**{**values, "rows": tuple(Row(**row) for row in values["rows"])})
+            for item in fields(read):
+                if item.name != "rows":
+                    check_type(item.name, item.type, getattr(read, item.name))
+            for row in read.rows:
+                row.check()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"text must be the JSON of a Comparison, got {text[:60]!r} ({error})") from None
+        return read
 
     def rows_table(self) -> Table:
         """Every row with all its fields, for CSV."""

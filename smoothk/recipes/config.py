@@ -89,7 +89,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check_type(item.name, item.type, getattr(self, item.name))
+            check_type(item.name, item.type, getattr(self, item.name))
         _check_choice("data", self.data, data.NAMES)
         if self.model is None:
             _check_choice("arch", self.arch, models.ARCHITECTURES)
@@ -136,14 +136,17 @@ class TrainConfig:
         return cls(**values)
 
 
-def _check_type(name: str, annotation: Any, value: Any) -> None:
-    """Check a value against the annotation of its field; an int may stand for a float."""
+def check_type(name: str, annotation: Any, value: Any) -> None:
+    """TypeError unless a value is what the annotation of its field says; an int may stand for a float."""
     kinds: dict[str, tuple[type, ...]] = {
         "str": (str,),
         "bool": (bool,),
         "int": (int,),
         "float": (float, int),
         "str | None": (str, type(None)),
+        "int | None": (int, type(None)),
+        "float | None": (float, int, type(None)),
+        "dict[str, Any]": (dict,),
     }
     is_misplaced_bool = isinstance(value, bool) and annotation != "bool"
     if is_misplaced_bool or not isinstance(value, kinds[annotation]):

@@ -8,13 +8,12 @@ momentum buffers and the random state of the model's own layers, nothing else.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from smoothk.penalties import SmoothnessPenalty
 from smoothk.recipes import data, models
 from smoothk.recipes.baselines import trp
 from smoothk.recipes.config import FREE_FIELDS, TrainConfig
-
-MAGIC = b"smoothk run 1\n"
+from smoothk.recipes.run_state import RunState, momentum_of, read_state, restore, write_state
 
 
 @dataclass
@@ -156,6 +154,9 @@ def train(
     if out_dir is not None and not resume and (out_dir / "checkpoint.pt").exists():
         raise ValueError(f"{out_dir} already holds a run: resume it (--resume) or choose another out_dir")
     device = _device(config.device)
+    state = None
+    if out_dir is not None and resume and (out_dir / "checkpoint.pt").exists():
+        state = _state_to_resume(out_dir / "checkpoint.pt", config)
     dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
     if config.validation > 0:
         dataset = data.split(dataset, config.validation)
@@ -164,8 +165,8 @@ def train(
         torch.manual_seed(config.seed)
         run = _Run(config, dataset, device)
         if out_dir is not None:
-            if resume and (out_dir / "checkpoint.pt").exists():
-                run.load(out_dir / "checkpoint.pt")
+            if state is not None:
+                run.load(out_dir / "checkpoint.pt", state)
             out_dir.mkdir(parents=True, exist_ok=True)
             for leftover in out_dir.glob(".*.tmp"):  # of a write that was killed half-way
                 leftover.unlink()
@@ -297,46 +298,42 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the state of the run in one atomic step."""
-        state = {
-            "config": self.config.to_json(),
-            "data": self.dataset.provenance,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "history": self.history,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        payload = buffer.getvalue()
-        atomic_write(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"momentum.{name}": value for name, value in momentum_of(self.model, self.optimizer).items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        write_state(path, RunState(self.config.to_json(), self.dataset.provenance, self.history, tensors))
 
-    def load(self, path: Path) -> None:
-        """Go back to a saved state.
+    def load(self, path: Path, state: RunState) -> None:
+        """Go back to the state that ``path`` holds.
 
         Raises:
-            CheckpointError: the file is damaged.
-            ValueError: it belongs to a run of another configuration, or the images have changed since.
+            CheckpointError: it does not fit the model.
+            ValueError: the images have changed since.
         """
-        state = read_state(path)
-        # A run of an earlier version has no word of what came later: that had its default.
-        saved, ours = {**TrainConfig().to_json(), **state["config"]}, self.config.to_json()
-        for name in ours:
-            if name not in FREE_FIELDS and saved.get(name) != ours[name]:
-                raise ValueError(
-                    f"{path} belongs to a run with {name}={saved.get(name)!r}, the configuration has {ours[name]!r}"
-                )
-        if state["data"] != self.dataset.provenance:
+        if state.data != json.loads(json.dumps(self.dataset.provenance)):
             raise ValueError(f"{path} belongs to a run on other images than data={self.config.data!r} has now")
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path}: does not fit the model of its configuration: {error}") from error
-        torch.set_rng_state(state["cpu_rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.history = state["history"]
+            restore(state, self.model, self.optimizer, self.device)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: does not fit the model of its configuration: {error}") from None
+        self.history = state.history
+
+
+def _state_to_resume(path: Path, config: TrainConfig) -> RunState:
+    """The state in ``path``; ValueError where that is a run of another configuration."""
+    state, ours = read_state(path), config.to_json()
+    # A run of an earlier version has no word of what came later: that had its default.
+    saved = {**TrainConfig().to_json(), **state.config}
+    for name in ours:
+        if name not in FREE_FIELDS and saved.get(name) != ours[name]:
+            raise ValueError(
+                f"{path} belongs to a run with {name}={saved.get(name)!r}, the configuration has {ours[name]!r}"
+            )
+    if len(state.history) > config.epochs:
+        raise CheckpointError(f"{path}: has {len(state.history)} epochs of {config.epochs}")
+    return state
 
 
 def _device(name: str) -> torch.device:
@@ -361,30 +358,6 @@ def _penalty(config: TrainConfig, model: nn.Module) -> SmoothnessPenalty | None:
     )
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of a run: tensors and plain containers, checked against their SHA-256 before they are parsed.
-
-    Raises:
-        CheckpointError: the file is truncated, changed, or no checkpoint of a run.
-    """
-    path = Path(path)
-    content = path.read_bytes()
-    header = len(MAGIC) + hashlib.sha256().digest_size
-    if not content.startswith(MAGIC) or len(content) < header:
-        raise CheckpointError(f"{path}: not a smoothk run checkpoint, or cut off in its header ({len(content)} bytes)")
-    payload = memoryview(content)[header:]
-    if hashlib.sha256(payload).digest() != content[len(MAGIC) : header]:
-        raise CheckpointError(f"{path}: its content does not match its SHA-256: it is truncated or changed")
-    try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign pickle can raise nearly anything
-        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
-    wanted = {"config", "data", "model", "optimizer", "cpu_rng", "cuda_rng", "history"}
-    if not isinstance(state, dict) or set(state) != wanted:
-        raise CheckpointError(f"{path}: expected the entries {', '.join(sorted(wanted))}")
-    return state
-
-
 def load_run(out_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
     """The trained model of a finished run, in eval mode, and its configuration.
 
@@ -396,15 +369,17 @@ def load_run(out_dir: str | Path) -> tuple[nn.Module, TrainConfig]:
     try:
         description = json.loads(path.read_text())
         config = TrainConfig.from_json(description["config"])
-        num_classes, in_channels = description["num_classes"], description["in_channels"]
+        # On meta, a size in a damaged file allocates nothing; `load` compares the shapes first. A user's factory may
+        # compute with what it makes.
+        with torch.device("meta") if config.model is None else nullcontext():
+            model = build_model(config, description["num_classes"], description["in_channels"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; {out_dir} holds no run") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not the configuration of a run: {error}") from error
     if not (out_dir / "model.safetensors").is_file():
         raise CheckpointError(f"{out_dir}: the run is not finished: no model.safetensors; resume it first")
-    model = load(build_model(config, num_classes, in_channels), out_dir / "model.safetensors")
-    return model.eval(), config
+    return load(model, out_dir / "model.safetensors").eval(), config
 
 
 def _json_bytes(value: Any) -> bytes:
