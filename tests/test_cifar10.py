@@ -122,7 +122,7 @@ def made() -> Comparison:
                     Row(network, penalty, seed, method, keep, 1000, 50, 90.0, round(1000 * keep), 20, 90 - drop,
                         90.5 - drop, 0.1, ranks=ranks)
                 )  # fmt: skip
-    rows[-1] = replace(rows[-1], parameters=None, accuracy=None, accuracy_recalibrated=None)
+    rows[-1] = replace(rows[-1], parameters=None, macs=None, accuracy=None, accuracy_recalibrated=None)
     return Comparison("test", {"source": "images"}, 5000, {"epochs": 2}, provenance, tuple(rows))
 
 

@@ -147,6 +147,7 @@ def check_type(name: str, annotation: Any, value: Any) -> None:
         "int | None": (int, type(None)),
         "float | None": (float, int, type(None)),
         "dict[str, Any]": (dict,),
+        "dict[str, list[Any]] | None": (dict, type(None)),
     }
     is_misplaced_bool = isinstance(value, bool) and annotation != "bool"
     if is_misplaced_bool or not isinstance(value, kinds[annotation]):
