@@ -192,6 +192,20 @@ def test_stages_run_on_the_cpu_as_far_as_they_go(tmp_path: Path) -> None:
     assert {found[name]["reason"] for name in ("sanitize", "profile", "cifar10")} == {"needs a CUDA device"}
 
 
+def test_tf32_is_allowed_for_a_call_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    nuclear, switch = module("entries.nuclear"), torch.backends.cuda.matmul
+    before, seen = switch.fp32_precision, []
+
+    def penalty(method: str, backend: str, weights: Any) -> Any:
+        return lambda: seen.append(switch.fp32_precision) or 1 / len(weights)
+
+    monkeypatch.setattr(nuclear, "_penalty", penalty)
+    assert nuclear._with_tf32([1, 2])() == 0.5 and switch.fp32_precision == before != "tf32"
+    with pytest.raises(ZeroDivisionError):
+        nuclear._with_tf32([])()
+    assert seen == ["tf32"] * 2 and switch.fp32_precision == before
+
+
 # What is read
 
 
