@@ -17,8 +17,9 @@ Not yet run on a GPU. A checkout will do: the stage ``build`` installs it. The s
 
 Every command is a process of its own with a time limit, a stage takes at most nine minutes, and none stops the others.
 DIR/NAME.json says what became of a stage and on which GPU, driver, versions and commit; started again, the command goes
-on behind what was finished with the same code on the same GPU, and so ends what was cut off. ``--quick`` leaves out what no target needs; with it all
-stages from build to step should take about 15 minutes (``--dry-run`` has the estimates, which are not measured).
+on behind what was finished with the same code on the same GPU, and so ends what was cut off. ``--quick`` leaves out
+what no target but those of training needs; with it all stages from build to step should take about 15 minutes
+(``--dry-run --quick`` has the estimates, which are not measured).
 
 Exit status: 0; 1 where a stage or a target failed; 2 without a CUDA GPU.
 """

@@ -72,9 +72,9 @@ def cuda_takes(geometry: Geometry, input: Tensor, with_z: bool, dtype: torch.dty
 def _cuda_takes(geometry: Geometry, dtype: torch.dtype, with_z: bool, device: tuple[int, int]) -> bool:
     if 0 in geometry.output:  # nothing is launched
         return True
-    v, u, *numbers = geometry.kernel_arguments
-    arguments = v, u, geometry.input, *numbers, str(dtype).removeprefix("torch."), with_z, *device
-    return importlib.import_module("smoothk._C_cuda").low_rank_conv_blocks(*arguments) > 0
+    sizes = geometry.v, geometry.u, geometry.input, geometry.stride, geometry.leading_padding(), geometry.dilation
+    options = geometry.output[2:], geometry.groups, str(dtype).removeprefix("torch."), with_z
+    return importlib.import_module("smoothk._C_cuda").low_rank_conv_blocks(*sizes, *options, *device) > 0
 
 
 def finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
