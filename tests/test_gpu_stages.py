@@ -176,6 +176,9 @@ def test_every_command_is_bounded_and_valid(tmp_path: Path, capsys: Any) -> None
                 if str(BENCHMARKS / "bench.py") in arguments:
                     parsed = bench.build_parser().parse_args(arguments[2:])
                     assert parsed.entries[0] in bench.ENTRIES and parsed.device == "cuda"
+                if str(BENCHMARKS / "cifar10.py") in arguments:
+                    parsed = module("cifar10").parse(arguments[2:])
+                    assert parsed.preset == "full" and parsed.budget < step.seconds
     quick = [each for each in stages if each.name in names[:7]]
     assert sum(each.estimate for each in quick) <= 15.5 * 60
     assert module("gpu").main(["--dry-run", "--quick", "--out", "unused"]) == 0

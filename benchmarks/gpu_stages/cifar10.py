@@ -28,7 +28,7 @@ def smallest_drop(keep: float, accuracy: str) -> Callable[[Path], float | str | 
     def read(out: Path) -> float | str | None:
         drops: dict[tuple[str, str], list[float]] = {}
         for path in sorted((out / "cifar10" / "results").glob("*.json")):
-            for row in json.loads(path.read_text())["rows"]:
+            for row in json.loads(path.read_text()).get("rows", []):
                 if row["keep"] == keep and row["method"] in METHODS and row[accuracy] is not None:
                     drops.setdefault((row["network"], row["method"]), []).append(row["dense_accuracy"] - row[accuracy])
         return min(map(mean, drops.values()), default=None)
