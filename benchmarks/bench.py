@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"entry must be one of {', '.join(ENTRIES)}, got {name!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
+    torch.backends.cudnn.benchmark = args.device == "cuda"  # baselines get the library's best, not its first guess
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     bad = False

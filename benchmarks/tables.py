@@ -9,6 +9,7 @@ In the README a table lies between ``<!-- table: NAME -->`` and ``<!-- end -->``
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 import low_rank_speed
 import speed
 from cifar10_report import DIRECTORIES, by_method, by_network, caption, draw, page, read_results
+from gpu_stages.claims import claims_table
+from gpu_stages.results import over_fused
 
 from smoothk.recipes.compare import Comparison
 from smoothk.report import Table
@@ -24,6 +27,7 @@ from smoothk.report import Table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GPU = "h200"  # folder of what `gpu.py --out` wrote
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,6 +38,36 @@ def read(name: str) -> Comparison:
 
 def _networks(comparison: Comparison) -> str:
     return f"{by_network(comparison, 'svd').to_markdown()}\n\n{caption(comparison)}"
+
+
+def _gpu(entry: str, step: str, table: Callable[[Sequence[speed.Record]], Table], dtype: str = "float32") -> str:
+    """A table of one step of `gpu.py`; nothing as long as no GPU has run it."""
+    results = speed.read(RESULTS / GPU / entry / step, entry, "cuda", dtype)
+    measured = [result for result in results if any(speed.timed(case) for case in result["cases"])]
+    return f"{table(measured).to_markdown()}\n\n{speed.provenance(measured)}." if measured else ""
+
+
+def _gpu_claims() -> str:
+    """Every target beside what a GPU showed."""
+    path = RESULTS / GPU / "summary.json"
+    if not path.exists():
+        return ""
+    summary = json.loads(path.read_text())
+    machine, versions = summary["machine"]["machine"], summary["machine"]["versions"]
+    note = f"{machine['gpu']}, driver {machine['driver']}, torch {versions['torch']}, Triton {versions['triton']}"
+    return f"{claims_table(summary['claims']).to_markdown()}\n\n{note}, {summary['machine']['date']}."
+
+
+def low_rank_gpu_table(results: Sequence[speed.Record]) -> Table:
+    """Layer by layer, what the library takes over the CUDA kernel, both in channels last and replayed by graphs."""
+    rows = [
+        [case["options"]["layer"], case["options"]["rank"], case["options"]["batch"], *ratios]
+        for result in results
+        for case in result["cases"]
+        if case["options"].get("graph") and None not in (ratios := [over_fused(case, n) for n in ("dense", "pair")])
+    ]
+    heads = ["dense ÷ smoothk", "pair ÷ smoothk"]
+    return Table(["layer", "rank", "batch", *heads], rows, dict.fromkeys(heads, ".2f"))
 
 
 def _speed(entry: str, table: Callable[[Sequence[speed.Record]], Table], note: str) -> str:
@@ -80,6 +114,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-files": lambda: speed.files_table(RESULTS / "speed").to_markdown(),
     "speed-floors": lambda: _speed("difference", speed.floor_table, FLOOR_NOTE),
     "speed-low-rank-targets": lambda: low_rank_speed.targets(RESULTS / "speed").to_markdown(),
+    "gpu-claims": _gpu_claims,
+    "gpu-difference": lambda: _gpu("difference", "resnet18", speed.difference_table),
+    "gpu-nuclear": lambda: _gpu("nuclear", "resnet18", speed.nuclear_table),
+    "gpu-step": lambda: _gpu("step", "resnet18", speed.step_table),
+    "gpu-low-rank-conv": lambda: _gpu("low_rank_conv", "resnet18", low_rank_gpu_table, "bfloat16"),
     "speed-low-rank-models": lambda: _speed("low_rank_models", low_rank_speed.model_table, LOW_RANK_MODELS_NOTE),
 }
 

@@ -19,7 +19,7 @@ from . import backend as _backend
 from . import low_rank_cost, reference
 from .factor_cache import keep, kept
 from .geometry import Geometry, geometry_of, with_explicit_padding
-from .low_rank_ops import compute, finish
+from .low_rank_ops import compute, cuda_takes, finish
 from .repeated_call import RepeatedCall
 
 METHODS = ("auto", "fused", "pair", "merged")
@@ -129,7 +129,7 @@ def _choose(
 ) -> str:
     """``"fused"``, ``"pair"`` or ``"merged"``; ``"auto"`` where torch.compile leaves it to the operator."""
     input, v, u, bias = tensors
-    if not _kernel_runs(method, backend, geometry, [t for t in (input, v, u, bias) if t is not None]):
+    if not _kernel_runs(method, backend, geometry, [t for t in (input, v, u, bias) if t is not None], differentiable):
         return "merged" if method == "merged" else "pair"
     if geometry.axes == 0 and (differentiable or method == "auto"):  # the library's two products are as fast
         return "pair"
@@ -178,7 +178,9 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _kernel_runs(method: str, backend: str | None, geometry: Geometry, tensors: list[Tensor]) -> bool:
+def _kernel_runs(
+    method: str, backend: str | None, geometry: Geometry, tensors: list[Tensor], differentiable: bool
+) -> bool:
     """Whether smoothk's kernel can be used; raises where one is asked for by name and cannot."""
     if backend is None:
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # exported programs hold library calls only
@@ -188,17 +190,28 @@ def _kernel_runs(method: str, backend: str | None, geometry: Geometry, tensors: 
         chosen = {_backend.choose(_OP, backend, tensors)}
     else:  # autocast will see to it
         chosen = {_backend.choose(_OP, backend, [tensor]) for tensor in tensors}
+    compiling = torch.compiler.is_compiling()  # of symbolic sizes the operator decides
+    taken = compiling or geometry.fits_kernel
+    if taken and "cuda" in chosen and not compiling and geometry.axes <= 2:
+        taken = cuda_takes(geometry, tensors[0], differentiable, _autocast_dtype(tensors[0]))
     if backend not in (None, "torch"):
         if method in ("pair", "merged"):
             raise ValueError(f"method must be 'auto' or 'fused' with backend {backend!r}, got {method!r}")
         if geometry.axes > 2:
             raise _backend.BackendUnavailable(f"backend {backend!r} cannot run {_OP}: it has no 3-d kernel")
-        if not (torch.compiler.is_compiling() or geometry.fits_kernel):
-            raise _backend.BackendUnavailable(
-                f"backend {backend!r} cannot run {_OP}: its kernel does not reach that far"
-            )
-    # Of symbolic sizes the operator decides.
-    return "torch" not in chosen and (torch.compiler.is_compiling() or geometry.fits_kernel)
+        if not taken:
+            raise _backend.BackendUnavailable(f"backend {backend!r} cannot run {_OP}: {_refusal(geometry, backend)}")
+    return "torch" not in chosen and taken
+
+
+def _refusal(geometry: Geometry, backend: str) -> str:
+    if not geometry.fits_kernel or backend != "cuda":
+        return "its kernel does not reach that far"
+    return (
+        "its kernel takes ranks up to 128, one group, and input channels in whole 16 bytes, where a tile fits into "
+        f"shared memory; got v {list(geometry.v)}, u {list(geometry.u)}, input {list(geometry.input)}, "
+        f"groups {geometry.groups}"
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -5,6 +5,8 @@ Which method runs is decided when the operator does, so that one compiled graph 
 
 from __future__ import annotations
 
+import importlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ def compute(
     """
     if method == "auto":
         method = low_rank_cost.fastest(geometry.flat, input.dtype, with_z)
-    if method == "fused" and geometry.fits_kernel:
+    if method == "fused" and geometry.fits_kernel and (not input.is_cuda or cuda_takes(geometry, input, with_z)):
         return _fused(input, v, u, bias, residual, geometry, relu, with_z)
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     z = None
@@ -54,6 +56,25 @@ def compute(
         else:
             y = reference.low_rank_conv(input, v, u, bias, *options, geometry.scheme)
     return finish(y, residual, relu), z
+
+
+def cuda_takes(geometry: Geometry, input: Tensor, with_z: bool, dtype: torch.dtype | None = None) -> bool:
+    """Whether the CUDA kernel runs a call on the device of ``input``: what it is made for, and a tile that fits there.
+
+    ``dtype`` is that of the call where it is not the input's.
+    """
+    device = torch.cuda.get_device_properties(input.device)
+    numbers = device.multi_processor_count, device.shared_memory_per_block_optin
+    return _cuda_takes(geometry.flat, dtype or input.dtype, with_z, numbers)
+
+
+@lru_cache(maxsize=4096)
+def _cuda_takes(geometry: Geometry, dtype: torch.dtype, with_z: bool, device: tuple[int, int]) -> bool:
+    if 0 in geometry.output:  # nothing is launched
+        return True
+    sizes = geometry.v, geometry.u, geometry.input, geometry.stride, geometry.leading_padding(), geometry.dilation
+    options = geometry.output[2:], geometry.groups, str(dtype).removeprefix("torch."), with_z
+    return importlib.import_module("smoothk._C_cuda").low_rank_conv_blocks(*sizes, *options, *device) > 0
 
 
 def finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import mmap
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -322,60 +321,3 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench(*arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
-# The GPU's command, as far as it goes without one
-
-
-def test_gpu_plan_is_bounded_and_made_of_valid_commands(capsys: Any) -> None:
-    gpu, parser = module("gpu"), module("bench").build_parser()
-    assert gpu.main(["--dry-run", "--out", "unused"]) == 0
-    printed = capsys.readouterr().out
-    for part, commands in gpu.PARTS.items():
-        assert commands and part in printed
-        for command in commands:
-            assert 0 < command.minutes <= 10
-            if command.script == "bench.py":
-                assert parser.parse_args(command.arguments).entries[0] in module("bench").ENTRIES
-
-
-def test_gpu_commands_are_killed_at_their_limit() -> None:
-    gpu = module("gpu")
-    start = time.perf_counter()
-    assert gpu.call([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) is None
-    assert time.perf_counter() - start < 10
-    assert gpu.call([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
-
-
-@pytest.mark.parametrize("status, calls", [(0, 1), (1, 1), (3, 2), (-11, 2), (None, 2)])
-def test_gpu_baselines_are_measured_where_a_kernel_breaks(
-    status: int | None, calls: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    gpu, commands = module("gpu"), []
-    monkeypatch.setattr(gpu, "call", lambda command, seconds: (commands.append(command), status)[1])
-    assert gpu.main(["--device", "cpu", "--only", "step", "--out", str(tmp_path)]) == (status != 0)
-    log = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(commands) == len(log) == calls
-    assert log[0]["status"] == ("timeout" if status is None else status) and str(tmp_path) not in json.dumps(log)
-    assert log[0]["command"].startswith("bench.py step") and "--without" not in log[0]["command"]
-    assert calls == 1 or log[1]["command"].endswith("--without fused triton")
-
-
-def test_gpu_ceilings_and_summary(tmp_path: Path, capsys: Any) -> None:
-    gpu = module("gpu")
-    assert gpu.main(["--device", "cpu", "--only", "ceilings", "--out", str(tmp_path)]) == 0
-    ceilings = json.loads((tmp_path / "ceilings" / "ceilings.json").read_text())
-    assert ceilings["copy_bytes_per_second"] > 0 and ceilings["matmul_flops_per_second"] > 0
-    sides = [
-        {"name": "fused", "status": "timed", "ratio": {"median": 1.0}, "copy_fraction": 0.83},
-        {"name": "compile(in place)", "status": "red", "reason": "wrong"},
-    ]
-    (tmp_path / "difference").mkdir()
-    result = {"dtype": "float32", "cases": [{"name": "first order, l2, CUDA graph", "sides": sides}]}
-    (tmp_path / "difference" / "difference-resnet18-cuda.json").write_text(json.dumps(result))
-    result["dtype"], sides[0]["copy_fraction"] = "bfloat16", 0.5
-    (tmp_path / "difference" / "difference-resnet18-cuda-bfloat16.json").write_text(json.dumps(result))
-    measured = {row[0]: row[2] for row in gpu.summary(tmp_path).rows}
-    assert measured["ResNet-18: % of copy bandwidth"] == pytest.approx(83)
-    assert measured["compile(in place) / fused, graphs"] == "red: wrong"
-    assert measured["ViT-B/16: % of copy bandwidth"] is None

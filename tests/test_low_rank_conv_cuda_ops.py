@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_rel
-from emulated_cuda import Sizes
+from emulated_cuda import Device, Emulator, Sizes
 from test_low_rank_conv_cuda import CASES, PRECISION, run
 from torch import Tensor
 
+import smoothk
+from smoothk import backend
 from smoothk.backend import unavailable_reason
 
 SCHEMAS = (
@@ -196,3 +200,49 @@ class ByOperator:
         output.copy_(found)
         if z is not None:
             z.copy_(found_z)
+
+
+# By the name of what is wrong with them: factors, input, groups.
+REFUSED = {
+    "rank": ((129, 16, 3, 3), (20, 129, 1, 1), INPUT, 1),
+    "channels": ((24, 12, 3, 3), U, (2, 12, 6, 7), 1),
+    "groups": ((24, 8, 3, 3), (20, 12, 1, 1), INPUT, 2),
+}
+
+
+@pytest.fixture
+def planned(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Has the CPU taken for a GPU on which the launcher's own plan decides; what it was asked for ``with_z``."""
+    asked: list[bool] = []
+
+    def blocks(v: Any, u: Any, x: Any, *numbers: Any) -> int:
+        stride, pad, dilation, out, groups, dtype, with_z, *device = numbers
+        asked.append(with_z)
+        kernel = v[2], u[3] if u[3] > 1 else v[3]
+        sizes = Sizes(x[0], groups, x[1], u[1], u[0], *x[2:], *out, *kernel, *stride, *pad, *dilation, u[3] > 1)
+        plan = emulator.plan(sizes, getattr(torch, dtype), with_z, Device(*device))
+        return plan[3] if plan else 0
+
+    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setitem(sys.modules, "smoothk._C_cuda", SimpleNamespace(low_rank_conv_blocks=blocks))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(backend, "choose", lambda op, name, tensors: name or "cuda")
+    return asked
+
+
+@pytest.mark.skipif(unavailable_reason("cpp") is not None, reason="its kernel stands in for the one on CUDA")
+def test_what_the_launcher_would_refuse_is_refused_before_or_left_to_the_library(planned: list[bool]) -> None:
+    x, v, u = random(*INPUT), random(*V) / 12, random(*U) / 5
+    taken = smoothk.low_rank_conv2d(x, v, u, padding=1, backend="cuda")
+    assert_close_rel(taken, expected(x, v, u)[0], torch.bfloat16)
+    assert planned == [False]
+    smoothk.low_rank_conv2d(x, v.requires_grad_(), u, padding=1, backend="cuda")
+    assert planned == [False, True]
+    for v_shape, u_shape, size, groups in REFUSED.values():
+        x, v, u = random(*size), random(*v_shape) / 12, random(*u_shape) / 5
+        message = rf"cannot run low_rank_conv: its kernel takes ranks .* got v \[{v_shape[0]}, .* groups {groups}"
+        with pytest.raises(smoothk.BackendUnavailable, match=message):
+            smoothk.low_rank_conv2d(x, v, u, padding=1, groups=groups, backend="cuda")
+        left = smoothk.low_rank_conv2d(x, v, u, padding=1, groups=groups, method="fused")
+        assert torch.equal(left, smoothk.low_rank_conv2d(x, v, u, padding=1, groups=groups, backend="torch"))
+    assert smoothk.low_rank_conv2d(random(0, *size[1:]), v, u, padding=1, groups=2, backend="cuda").shape[0] == 0

@@ -17,9 +17,11 @@ from smoothk.unfolding import matrix_shape
 
 NAME = "nuclear"
 TRITON = "polar, triton"
+TRITON_TF32 = "polar, triton, TF32 allowed"  # by torch's switch: then it multiplies in half precision
 COEFFICIENT = 1e-3
 TOLERANCES = {"value": 1e-3, "gradient": 1e-2, "value on spectra": 1e-3, "gradient on spectra": 1e-2}
 LARGEST_SIDE = 4096  # of a matrix: its decomposition takes the cube
+OURS = ("auto", TRITON, TRITON_TF32)
 SPECTRA_WORK = 512 * 512 * 4608  # m²n up to which a shape is also checked on `SPECTRA`
 EPS = torch.finfo(torch.float32).eps
 
@@ -42,7 +44,7 @@ def cases(options: Any) -> Iterator[Case]:
     problem.expect(_reference)
     spectra = list(_spectra(options.weight_set.shapes, options.device))
     sides = [
-        Side(name, problem.over_copies(call), partial(_errors, problem, spectra, call), ours=name in ("auto", TRITON))
+        Side(name, problem.over_copies(call), partial(_errors, problem, spectra, call), ours=name in OURS)
         for name, call in _calls(options.device).items()
     ]
     case = Case(
@@ -57,7 +59,7 @@ def cases(options: Any) -> Iterator[Case]:
     )
     yield case
     if options.device.type == "cuda":
-        yield in_graph(case, [TRITON])
+        yield in_graph(case, [TRITON, TRITON_TF32])
 
 
 def _calls(device: torch.device) -> dict[str, Call]:
@@ -69,7 +71,7 @@ def _calls(device: torch.device) -> dict[str, Call]:
         "polar": partial(_penalty, "polar", None),
     }
     if device.type == "cuda":
-        calls |= {TRITON: partial(_penalty, "polar", "triton"), "cupy syevd": _cupy}
+        calls |= {TRITON: partial(_penalty, "polar", "triton"), TRITON_TF32: _with_tf32, "cupy syevd": _cupy}
     return calls
 
 
@@ -115,6 +117,19 @@ def _errors(
 def _penalty(method: str, backend: str | None, weights: Sequence[nn.Parameter]) -> Run:
     options = {"first_order": 0.0, "nuclear": COEFFICIENT, "method": method, "backend": backend}
     return smoothk.SmoothnessPenalty(weights, **options).accumulate_grad
+
+
+def _with_tf32(weights: Sequence[nn.Parameter]) -> Run:
+    call, switch = _penalty("polar", "triton", weights), torch.backends.cuda.matmul
+
+    def run() -> Tensor:
+        before, switch.fp32_precision = switch.fp32_precision, "tf32"
+        try:
+            return call()
+        finally:
+            switch.fp32_precision = before
+
+    return run
 
 
 def _loop(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Sequence[nn.Parameter]) -> Run:

@@ -1,4 +1,4 @@
-"""What the penalty adds to a real training step of a ResNet-18 on 32x32 images."""
+"""What the penalty adds to a real training step: of a ResNet-18 on 32x32 images, of a ResNet-50 on 224x224."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from conv_networks import ResNet50
 from harness import COPY, Case, Side, Unavailable, in_graph
 from problem import Problem
 from timing import Run
@@ -20,6 +21,10 @@ from smoothk.recipes.models import build
 
 NAME = "step"
 PENALTY = Penalty({1: 1.0})  # large, so that the gate sees it beside the loss's gradient; its size costs no time
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # by weight set: model, side of an image, classes
+    "resnet18": (partial(build, "resnet18", 10), 32, 10),
+    "resnet50": (ResNet50, 224, 1000),
+}
 ALONE = ("fused", "eager", "foreach", difference.FLOOR, COPY)  # sides that are also timed after a backward pass
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
@@ -27,15 +32,16 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 class Training:
     """A model, a batch and an optimizer. On CUDA in channels_last under bfloat16 autocast, on the CPU in float32."""
 
-    def __init__(self, device: torch.device, batch: int) -> None:
+    def __init__(self, network: str, device: torch.device, batch: int) -> None:
         self.device, self.batch = device, batch
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         torch.manual_seed(0)
-        self.model = build("resnet18", 10).to(device=device, memory_format=layout)
+        make, side, classes = MODELS[network]
+        self.model = make().to(device=device, memory_format=layout)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
-        self.images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=layout)
-        self.labels = torch.arange(batch, device=device) % 10
+        self.images = torch.randn(batch, 3, side, side, device=device).to(memory_format=layout)
+        self.labels = torch.arange(batch, device=device) % classes
         self.weights = [w for w in self.model.parameters() if w.dim() > 1]
         self.keep_grads = device.type == "cuda"  # a captured graph needs them where they were
         self._start = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -67,19 +73,19 @@ class Training:
 
 def cases(options: Any) -> Iterator[Case]:
     """The whole step with and without the penalty, and the penalty alone right after a backward pass."""
-    if options.weight_set.name != "resnet18":
-        raise Unavailable("a training step is measured for resnet18 only")
+    if options.weight_set.name not in MODELS:
+        raise Unavailable(f"a training step is measured for {' and '.join(MODELS)}")
     batch = options.batch or (128 if options.device.type == "cuda" else 16)
-    training = Training(options.device, batch)
+    training = Training(options.weight_set.name, options.device, batch)
     settings = {"batch": batch, "autocast": str(training.dtype).removeprefix("torch."), "order": 1, "norm": "l2"}
-    whole = _whole_step(training, settings)
+    whole = _whole_step(options.weight_set.title, training, settings)
     yield whole
     if options.device.type == "cuda":
         yield in_graph(whole)
     yield _after_backward(training, settings, options)
 
 
-def _whole_step(training: Training, settings: dict[str, Any]) -> Case:
+def _whole_step(title: str, training: Training, settings: dict[str, Any]) -> Case:
     """Ratios are to the step without a penalty: 1.01 is an overhead of one per cent."""
     weights, cuda = training.weights, training.device.type == "cuda"
 
@@ -102,7 +108,7 @@ def _whole_step(training: Training, settings: dict[str, Any]) -> Case:
         for name, make in makes.items()
     ]
     return Case(
-        name=f"ResNet-18 training step, batch {training.batch}",
+        name=f"{title} training step, batch {training.batch}",
         options=settings,
         sides=sides,
         baselines=("none",),
