@@ -140,7 +140,9 @@ def cmake_build(module: Path, debug: bool, options: tuple[str, ...] = ("-DSMOOTH
         except subprocess.CalledProcessError as error:
             raise CannotBuild(f"`{' '.join(command[:4])}` failed, its output is above") from error
     module.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(build / module.name, module)
+    beside = module.with_suffix(".new")
+    shutil.copy2(build / module.name, beside)
+    beside.replace(module)  # a process that has loaded the old one keeps it
     return torch.__version__
 
 
