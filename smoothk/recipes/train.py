@@ -1,4 +1,4 @@
-"""Training with smoothness penalties: SGD, reproducible to the bit, and safe to kill at any moment.
+"""Training with smoothness penalties: SGD or AdamW, reproducible to the bit, and safe to kill at any moment.
 
 A run is a function of its configuration. The learning rate and the penalty's scale are computed from the step, the
 order of the images, their crops and flips from the seed and the epoch, so that a checkpoint needs the model, the
@@ -179,7 +179,7 @@ class _Run:
         decayed = [p for p in self.model.parameters() if p.ndim > 1 and p.requires_grad]
         others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        self.optimizer = _optimizer(config, groups)
         self.penalty = _penalty(config, self.model)
         self.images = dataset.train_images.to(device)
         self.labels = dataset.train_labels.to(device)
@@ -297,11 +297,12 @@ class _Run:
             ValueError: it belongs to a run of another configuration, or the images have changed since.
         """
         state = read_state(path)
-        saved, ours = state["config"], self.config.to_json()
+        # A field that the checkpoint is too old for had what is now its default.
+        saved, ours = TrainConfig.from_json(state["config"]).to_json(), self.config.to_json()
         for name in ours:
-            if name not in FREE_FIELDS and saved.get(name) != ours[name]:
+            if name not in FREE_FIELDS and saved[name] != ours[name]:
                 raise ValueError(
-                    f"{path} belongs to a run with {name}={saved.get(name)!r}, the configuration has {ours[name]!r}"
+                    f"{path} belongs to a run with {name}={saved[name]!r}, the configuration has {ours[name]!r}"
                 )
         if state["data"] != self.dataset.provenance:
             raise ValueError(f"{path} belongs to a run on other images than data={self.config.data!r} has now")
@@ -321,6 +322,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices found")
     return device
+
+
+def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
 def _penalty(config: TrainConfig, model: nn.Module) -> SmoothnessPenalty | None:
