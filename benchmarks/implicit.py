@@ -2,17 +2,16 @@
 
     python benchmarks/implicit.py --out DIR [--seeds 0 1 2] [--threads 1]
 
-Fits that are in ``--out`` already are taken as they are. First the doses of each penalty are tried, with a seed of
-their own: for "fit" on the image itself, which whoever stores it has; for "double", where only half the resolution is
-known, on another image. The dose taken has the highest mean PSNR over the compressed sizes among those that cost the
-network before compression at most `ALLOWED_DROP` dB. Results, tables and figures go to ``benchmarks/results/implicit``.
+Fits that are in ``--out`` already are taken as they are. "fit" shows the image that the network was fitted to; "double"
+fits the image at half its resolution and is measured on all of it. The nuclear norm trades PSNR before compression for
+PSNR after it: every dose of `NETWORKS` is reported, none is chosen. Results, table and figures go to
+``benchmarks/results/implicit``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -35,19 +34,16 @@ from smoothk.report import Table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "implicit"
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1)
-TASKS = {
-    "fit": FitConfig(image="china.jpg"),
-    "double": FitConfig(image="china.jpg", factor=2, steps=800),
-}
-DOSE_SEED = 9
-DOSE_IMAGES = {"fit": "china.jpg", "double": "flower.jpg"}
-ALLOWED_DROP = 1.0
-DOSES = {
-    "first-order": [{"first_order": value, "decoupled": True} for value in (0.01, 0.1, 1.0)],
-    "nuclear": [{"nuclear": value, "decoupled": True} for value in (0.03, 0.1, 0.3)],
+TASKS = {"fit": FitConfig(), "double": FitConfig(factor=2)}
+NETWORKS = {
+    "plain": {},
+    "first order": {"first_order": 0.1, "decoupled": True},
+    "nuclear 0.5": {"nuclear": 0.5, "decoupled": True},
+    "nuclear 1": {"nuclear": 1.0, "decoupled": True},
+    "nuclear 2": {"nuclear": 2.0, "decoupled": True},
 }
 NARROW = "narrower, trained at that size"
-PICTURE_KEEP = 0.2
+PICTURE_NETWORK, PICTURE_KEEP = "nuclear 1", 0.3
 
 
 @dataclass(frozen=True)
@@ -107,15 +103,9 @@ class Bench:
         return smoothk.load(model, self.out / f"{file_name(fit.task, fit.network, config)}.safetensors").eval()
 
 
-def label(network: str, config: FitConfig) -> str:
-    """A network's name with the coefficient of its penalty."""
-    dose = config.first_order or config.nuclear
-    return f"{network} {dose:g}{'' if config.decoupled else ' (by Adam)'}" if dose else network
-
-
 def file_name(task: str, network: str, config: FitConfig) -> str:
-    """Of a fit, without an ending: distinct for all fits of this file."""
-    return re.sub(r"[^\w.-]+", "_", f"{task}-{label(network, config)}-{config.seed}")
+    """Of a fit, without an ending."""
+    return f"{task}-{network.replace(' ', '-')}-{config.seed}"
 
 
 def compressed(model: torch.nn.Module, keep: float) -> torch.nn.Module:
@@ -131,22 +121,6 @@ def width_for(config: FitConfig, parameters: int) -> int:
             for width in range(1, config.width + 1)
             if count_parameters(Siren(width, config.depth, config.omega)) <= parameters
         )
-
-
-def choose_dose(bench: Bench, task: str, penalty: str) -> tuple[dict[str, Any], list[Fit]]:
-    """The dose of a penalty by the rule of this file, and the fits that it was chosen by, the plain one first."""
-    base = replace(TASKS[task], image=DOSE_IMAGES[task], seed=DOSE_SEED)
-    fits = [bench.fit(f"dose-{task}", "plain", base)]
-    fits += [bench.fit(f"dose-{task}", penalty, replace(base, **dose)) for dose in DOSES[penalty]]
-    dense = fits[0].rows[1.0][1]
-    allowed = [
-        (statistics.fmean(db for keep, (_, db) in fit.rows.items() if keep < 1), dose)
-        for fit, dose in zip(fits[1:], DOSES[penalty], strict=True)
-        if fit.rows[1.0][1] >= dense - ALLOWED_DROP
-    ]
-    if not allowed:
-        raise ValueError(f"no dose of {penalty} keeps {task} within {ALLOWED_DROP} dB of plain before compression")
-    return max(allowed, key=lambda pair: pair[0])[1], fits
 
 
 def fit_narrow(bench: Bench, base: FitConfig, plain: Fit) -> Fit:
@@ -177,10 +151,7 @@ def table(fits: Iterable[Fit], extra: Sequence[tuple[str, float]] = ()) -> Table
     means = {
         name: [statistics.fmean(fit.rows[keep][1] for fit in group) for keep in KEEPS] for name, group in groups.items()
     }
-    rows: list[list[object]] = [
-        [label(name, group[0].config), len(group), *means[name]] for name, group in groups.items()
-    ]
-    rows.append(["nuclear above plain", None, *(a - b for a, b in zip(means["nuclear"], means["plain"], strict=True))])
+    rows: list[list[object]] = [[name, len(group), *means[name]] for name, group in groups.items()]
     rows += [[name, None, value, *[None] * (len(KEEPS) - 1)] for name, value in extra]
     columns = [f"{100 * keep:g} %" for keep in KEEPS]
     return Table(["network", "seeds", *columns], rows, dict.fromkeys(columns, ".2f"))
@@ -191,13 +162,6 @@ def by_network(fits: Iterable[Fit]) -> dict[str, list[Fit]]:
     for fit in fits:
         groups.setdefault(fit.network, []).append(fit)
     return groups
-
-
-def dose_table(fits: Sequence[Fit]) -> Table:
-    """What the doses were chosen by."""
-    columns = [f"{100 * keep:g} %" for keep in KEEPS]
-    rows = [[label(fit.network, fit.config), *(fit.rows[keep][1] for keep in KEEPS)] for fit in fits]
-    return Table(["dose", *columns], rows, dict.fromkeys(columns, ".2f"))
 
 
 def draw_curves(fits: dict[str, list[Fit]], path: Path) -> None:
@@ -237,7 +201,7 @@ def draw_curves(fits: dict[str, list[Fit]], path: Path) -> None:
 
 
 def draw_pictures(bench: Bench, fits: dict[str, list[Fit]], path: Path) -> None:
-    """A row of pictures for each task: the original, and plain and nuclear before and after compression."""
+    """A row of pictures for each task: the original, and plain and smooth before and after compression."""
     share = f"{100 * PICTURE_KEEP:g} %"
     with figures.styled_figure(path, len(fits), 5, 2.1 * len(fits) + 0.2) as (_, axes):
         for line, members in zip(axes, fits.values(), strict=True):
@@ -246,9 +210,9 @@ def draw_pictures(bench: Bench, fits: dict[str, list[Fit]], path: Path) -> None:
             shown = [("original" if config.factor == 1 else "original, seen at half its size", original)]
             if config.factor > 1:
                 shown = [("original", original), ("bicubic", enlarged(config))]
-            for name in ("plain", "nuclear"):
+            for name in ("plain", PICTURE_NETWORK):
                 model = bench.model(by_network(members)[name][0])
-                keeps = (1.0, PICTURE_KEEP) if config.factor == 1 or name == "nuclear" else (1.0,)
+                keeps = (1.0, PICTURE_KEEP) if config.factor == 1 or name != "plain" else (1.0,)
                 for keep in keeps:
                     title = f"{name}, all" if keep == 1 else f"{name}, {share} kept"
                     shown.append((title, implicit.render(compressed(model, keep), config.size)))
@@ -260,7 +224,7 @@ def draw_pictures(bench: Bench, fits: dict[str, list[Fit]], path: Path) -> None:
 
 
 def main() -> None:
-    """Choose doses, fit what is missing, write results, tables and figures."""
+    """Fit what is missing, write results, tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the fitted networks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -274,11 +238,9 @@ def main() -> None:
     fits: dict[str, list[Fit]] = {}
     texts = []
     for task, base in TASKS.items():
-        chosen = {penalty: choose_dose(bench, task, penalty) for penalty in DOSES}
-        networks = {"plain": {}, **{penalty: dose for penalty, (dose, _) in chosen.items()}}
         found = [
             bench.fit(task, name, replace(base, seed=seed, **options))
-            for name, options in networks.items()
+            for name, options in NETWORKS.items()
             for seed in args.seeds
         ]
         extra = [("bicubic", bicubic(base))] if base.factor > 1 else []
@@ -287,9 +249,7 @@ def main() -> None:
                 fit_narrow(bench, replace(base, seed=fit.config.seed), fit) for fit in found if fit.network == "plain"
             ]
         fits[task] = found
-        tried = next(iter(chosen.values()))[1][:1] + [fit for _, tries in chosen.values() for fit in tries[1:]]
         texts += [caption(task, found), table(found, extra).to_markdown()]
-        texts += [f"Doses, seed {DOSE_SEED} on {DOSE_IMAGES[task]}:", dose_table(tried).to_markdown()]
     atomic_write(args.results / "results.md", ("\n\n".join(texts) + "\n").encode())
     draw_curves(fits, args.results / "psnr.png")
     draw_pictures(bench, fits, args.results / "pictures.png")

@@ -44,11 +44,11 @@ class FitConfig:
     image: str = "china.jpg"
     size: int = 128
     factor: int = 1
-    width: int = 160
+    width: int = 128
     depth: int = 3
     omega: float = 30.0
-    steps: int = 1200
-    batch_size: int = 2048
+    steps: int = 1500
+    batch_size: int = 1024
     lr: float = 1e-3
     first_order: float = 0.0
     second_order: float = 0.0
