@@ -19,12 +19,13 @@ from typing import Any, NoReturn
 import smoothk
 from smoothk import commands, ranks
 from smoothk.recipes import data, models
-from smoothk.recipes.config import PRECISIONS, SCHEDULES, TrainConfig
+from smoothk.recipes.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, smoothk.BackendUnavailable)
 CHOICES = {
     "data": data.NAMES,
-    "arch": tuple(models.ARCHITECTURES),
+    "arch": models.ARCHITECTURES,
+    "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
     "norm": ("l2", "l1", "l21", "huber"),

@@ -29,7 +29,7 @@ from smoothk import CheckpointError, RankPlan, compress, factorize, load, plan_r
 from smoothk.checkpoint import _digest
 from smoothk.recipes.compare import Comparison, Row
 from smoothk.recipes.config import TrainConfig
-from smoothk.recipes.run_state import MAGIC, RunState, momentum_of, read_state, restore, write_state
+from smoothk.recipes.run_state import MAGIC, RunState, optimizer_state, read_state, restore, write_state
 from smoothk.recipes.train import build_model, load_run
 
 FACTOR, CONSTANT = 100, 1 << 20  # bytes allowed: for each one of the file, and for what does not grow with it
@@ -160,7 +160,7 @@ def write_checkpoint(path: Path) -> None:
     optimizer.step()
     record = dict.fromkeys(("epoch", "lr", "loss", "penalty", "train_accuracy", "test_accuracy", "seconds"), 1.0)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"momentum.{name}": value for name, value in momentum_of(model, optimizer).items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer_state(model, optimizer).items()}
     write_state(path, RunState(RUN.to_json(), {"name": "x"}, [record], {**tensors, "rng.cpu": torch.get_rng_state()}))
 
 

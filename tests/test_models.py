@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from smoothk.recipes import models
+import smoothk
+from smoothk.recipes import models, vit
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -23,6 +24,7 @@ def parameter_count(model: nn.Module) -> int:
         ("resnet34", {}, 21_282_122),
         ("resnet20", {}, 269_722),
         ("resnet56", {}, 853_018),
+        ("vit", {}, 800_906),
     ],
 )
 def test_parameter_counts(arch: str, options: dict, expected: int) -> None:
@@ -108,3 +110,38 @@ def test_factory_is_called_with_the_arguments(factories: str) -> None:
 def test_factory_errors_name_the_target(factories: str, target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.from_factory(target, num_classes=5)
+
+
+def test_attention_is_that_of_torch() -> None:
+    ours, theirs = vit.Attention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight,
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.proj.weight,
+            "out_proj.bias": ours.proj.bias,
+        }
+    )
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+
+
+def test_positions_of_a_grid_have_the_sine_and_cosine_of_column_and_row() -> None:
+    positions = vit.sine_cosine_positions(2, 3, 8)
+    assert positions.shape == (6, 8)
+    one, slow = torch.tensor(1.0), torch.tensor(1e-4)
+    row1_column2 = [(2 * one).sin(), (2 * slow).sin(), (2 * one).cos(), (2 * slow).cos()]
+    row1_column2 += [one.sin(), slow.sin(), one.cos(), slow.cos()]
+    torch.testing.assert_close(positions[5], torch.stack(row1_column2))
+
+
+def test_every_linear_layer_of_the_transformer_can_be_factorised() -> None:
+    model = models.build("vit", 10)
+    layers = smoothk.plan_ranks(model, 0.3).layers
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert list(layers) == names and len(names) == 18
+    assert not [name for name, layer in layers.items() if layer.reason]
+    qkv = layers["blocks.0.attention.qkv"]
+    assert qkv.shape == (384, 128) and qkv.scheme == "channel" and qkv.rank > 0
+    small = smoothk.compress(model, 0.3).model.eval()
+    assert small(torch.randn(2, 3, 32, 32)).shape == (2, 10)

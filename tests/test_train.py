@@ -41,6 +41,17 @@ def assert_same_bits(first: nn.Module, second: nn.Module) -> None:
     assert not different
 
 
+def stop_after_one_epoch(patch: pytest.MonkeyPatch) -> None:
+    epoch = train._Run.epoch
+
+    def epoch_once(self: train._Run, progress: bool) -> None:
+        if self.history:
+            raise KeyboardInterrupt
+        epoch(self, progress)
+
+    patch.setattr(train._Run, "epoch", epoch_once)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, train.TrainResult]:
     out_dir = tmp_path_factory.mktemp("finished")
@@ -98,21 +109,15 @@ def test_strong_penalty_smooths() -> None:
         {"second_order": 1e-4, "norm": "huber"},
         {"nuclear": 1e-4, "unfolding": "spatial"},
         {"first_order": 1e-3, "normalized": True, "schedule": "cosine", "precision": "bf16", "channels_last": False},
+        {"arch": "vit", "optimizer": "adamw", "lr": 2e-3, "nuclear": 1e-4, "channels_last": False},
     ],
 )
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
     whole = run(**options)
-    epoch = train._Run.epoch
-
-    def epoch_once(self: train._Run, progress: bool) -> None:
-        if self.history:
-            raise KeyboardInterrupt
-        epoch(self, progress)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "epoch", epoch_once)
+        stop_after_one_epoch(patch)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, **options)
     torch.rand(5)
@@ -256,6 +261,20 @@ def test_resuming_with_another_configuration_names_the_field(
     with pytest.raises(ValueError, match=message):
         train.train(dataclasses.replace(result.config, **changes), resume=True, progress=False)
     assert {path: path.read_bytes() for path in out_dir.iterdir()} == before
+
+
+def test_a_checkpoint_older_than_a_field_had_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run().model
+    as_now = TrainConfig.to_json
+    with monkeypatch.context() as older:
+        older.setattr(TrainConfig, "to_json", lambda self: {k: v for k, v in as_now(self).items() if k != "optimizer"})
+        stop_after_one_epoch(older)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert "optimizer" not in train.read_state(tmp_path / "checkpoint.pt").config
+    with pytest.raises(ValueError, match="optimizer='sgd', the configuration has 'adamw'"):
+        run(tmp_path, resume=True, optimizer="adamw")
+    assert_same_bits(run(tmp_path, resume=True).model, expected)
 
 
 def test_resuming_on_other_images_is_refused(
@@ -402,6 +421,7 @@ def test_config_survives_json() -> None:
     [
         ({"data": "mnist"}, ValueError, "data must be one of digits, .*, got 'mnist'"),
         ({"arch": "vgg"}, ValueError, "arch must be one of resnet18, .*, got 'vgg'"),
+        ({"optimizer": "adam"}, ValueError, "optimizer must be one of sgd, adamw, got 'adam'"),
         ({"schedule": "step"}, ValueError, "schedule must be one of one-cycle, cosine, got 'step'"),
         ({"precision": "fp8"}, ValueError, "precision must be one of fp32, bf16, got 'fp8'"),
         ({"norm": "l3"}, ValueError, "norm must be one of .*, got 'l3'"),

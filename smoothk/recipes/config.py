@@ -12,6 +12,7 @@ from smoothk.recipes import data, models
 
 SCHEDULES = ("one-cycle", "cosine")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("sgd", "adamw")
 # Where a run lives and how often it is saved do not change what it computes.
 FREE_FIELDS = frozenset({"data_dir", "out_dir", "checkpoint_every"})
 
@@ -30,8 +31,9 @@ class TrainConfig:
         width, stem_stride: width factor and stride of the stem of a named architecture.
         epochs: passes over the training images.
         batch_size: images in a step.
+        optimizer: "sgd", or "adamw" (Loshchilov and Hutter 2019, arXiv 1711.05101), which transformers need.
         lr: highest learning rate.
-        momentum: Nesterov momentum; 0 is plain SGD.
+        momentum: Nesterov momentum, 0 is plain SGD; the first beta of AdamW.
         weight_decay: of weights with two or more axes; norms and biases are left alone.
         label_smoothing: in [0, 1).
         augment: random crop and flip as suits the data set.
@@ -62,6 +64,7 @@ class TrainConfig:
     stem_stride: int = 1
     epochs: int = 8
     batch_size: int = 256
+    optimizer: str = "sgd"
     lr: float = 0.4
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -93,6 +96,7 @@ class TrainConfig:
         _check_choice("data", self.data, data.NAMES)
         if self.model is None:
             _check_choice("arch", self.arch, models.ARCHITECTURES)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("norm", self.norm, ("l2", "l1", "l21", "huber"))

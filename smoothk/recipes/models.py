@@ -1,9 +1,9 @@
-"""Residual networks for small images (He et al. 2016, arXiv 1512.03385) and how they are built by name.
+"""Residual networks for small images (He et al. 2016, arXiv 1512.03385) and how networks are built by name.
 
-Two families. `resnet18` and `resnet34` are the ImageNet networks of Table 1 with a 3x3 stem and no max-pool, as is
-usual for 32x32 images; their shortcuts project (1x1 convolution and batch norm, option B). `resnet20` and `resnet56`
-are the CIFAR networks of section 4.2; their shortcuts pad with zero channels (option A). `digits_net` is a
-member of the first family with three blocks, for 8x8 images.
+Two families of them. `resnet18` and `resnet34` are the ImageNet networks of Table 1 with a 3x3 stem and no max-pool, as
+is usual for 32x32 images; their shortcuts project (1x1 convolution and batch norm, option B). `resnet20` and `resnet56`
+are the CIFAR networks of section 4.2; their shortcuts pad with zero channels (option A). `digits_net` is a member of
+the first family with three blocks, for 8x8 images. The transformer `vit` is in `smoothk.recipes.vit`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smoothk.recipes.vit import ViT
+
 # arch: (blocks per stage, channels of the first stage at width 1, shortcut)
-ARCHITECTURES: dict[str, tuple[tuple[int, ...], int, str]] = {
+RESNETS: dict[str, tuple[tuple[int, ...], int, str]] = {
     "resnet18": ((2, 2, 2, 2), 64, "projection"),
     "resnet34": ((3, 4, 6, 3), 64, "projection"),
     "resnet20": ((3, 3, 3), 16, "pad"),
     "resnet56": ((9, 9, 9), 16, "pad"),
     "digits_net": ((1, 1, 1), 32, "projection"),
 }
+# arch: (blocks, heads, channels of a head at width 1, side of a patch)
+VITS: dict[str, tuple[int, int, int, int]] = {"vit": (4, 4, 32, 4)}
+ARCHITECTURES = (*RESNETS, *VITS)
 
 
 class PadShortcut(nn.Module):
@@ -110,15 +115,16 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def build(arch: str, num_classes: int, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1) -> ResNet:
+def build(arch: str, num_classes: int, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1) -> nn.Module:
     """Build a network by name.
 
     Args:
         arch: one of `ARCHITECTURES`.
         num_classes: number of classes, at least 1.
         in_channels: channels of the images, at least 1.
-        width: factor on the channels of every stage; the first stage is rounded to a whole number.
-        stem_stride: stride of the first convolution, at least 1.
+        width: factor on the channels of every stage, or of every head; those of the first are rounded to a whole
+            number.
+        stem_stride: stride of the first convolution, at least 1; of a transformer, factor on the side of its patches.
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
@@ -128,10 +134,14 @@ def build(arch: str, num_classes: int, in_channels: int = 3, width: float = 1.0,
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("stem_stride", stem_stride)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    blocks, base, shortcut = ARCHITECTURES[arch]
+    base = RESNETS[arch][1] if arch in RESNETS else VITS[arch][2]
     channels = round(base * width) if math.isfinite(width) else 0
     if channels < 1:
         raise ValueError(f"width must give {arch} at least one channel (at least {1 / base:g}), got {width:g}")
+    if arch in VITS:
+        depth, heads, _, patch = VITS[arch]
+        return ViT(depth, heads * channels, heads, patch * stem_stride, num_classes, in_channels=in_channels)
+    blocks, _, shortcut = RESNETS[arch]
     return ResNet(blocks, channels, num_classes, in_channels=in_channels, stem_stride=stem_stride, shortcut=shortcut)
 
 

@@ -1,7 +1,7 @@
 """The checkpoint of a training run: one file, written in one atomic step, in which nothing is ever unpickled.
 
-A line that names the format, a SHA-256 of what follows, and a safetensors file: the model's state dict, the momentum
-buffers and the random states; configuration, images and history as JSON in its metadata.
+A line that names the format, a SHA-256 of what follows, and a safetensors file: the model's state dict, that of the
+optimizer and the random states; configuration, images and history as JSON in its metadata.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAGIC = b"smoothk run 2\n"
 RECORD = ("epoch", "lr", "loss", "penalty", "train_accuracy", "test_accuracy", "seconds")
 _HEADER = len(MAGIC) + hashlib.sha256().digest_size
 _KEY = "smoothk-run"
+_KEPT = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 @dataclass
@@ -32,8 +33,8 @@ class RunState:
         config: its configuration as JSON-able values.
         data: provenance of its images.
         history: one record per epoch, with the fields of `RECORD`.
-        tensors: by name: ``model.*``, ``momentum.*`` for the parameters that have a buffer, ``rng.cpu`` and, where the
-            run is on a GPU, ``rng.cuda``.
+        tensors: by name: ``model.*``, ``optimizer.KEY.*`` for the parameters that the optimizer has seen, ``rng.cpu``
+            and, where the run is on a GPU, ``rng.cuda``.
     """
 
     config: dict[str, Any]
@@ -104,10 +105,14 @@ def _check(state: RunState) -> None:
             raise ValueError(f"every record of the history must have the numbers {', '.join(RECORD)}")
 
 
-def momentum_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The momentum buffers by the names of their parameters, those that there are."""
-    found = {name: optimizer.state.get(p, {}).get("momentum_buffer") for name, p in model.named_parameters()}
-    return {name: buffer for name, buffer in found.items() if buffer is not None}
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps of each parameter, as ``KEY.PARAMETER``."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
 
 
 def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -116,10 +121,13 @@ def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer,
     Raises:
         ValueError: they do not fit; the model and the generators may have changed by then.
     """
-    parameters, momentum, rng = dict(model.named_parameters()), state.part("momentum"), state.part("rng")
-    for name, buffer in momentum.items():
-        if name not in parameters or buffer.shape != parameters[name].shape or buffer.dtype != parameters[name].dtype:
-            raise ValueError(f"there is no parameter for the momentum of {name!r}, or it is another")
+    parameters, rng = dict(model.named_parameters()), state.part("rng")
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.part("optimizer").items():
+        key, _, name = key.partition(".")
+        kept.setdefault(name, {})[key] = value
+    for name, values in kept.items():
+        _check_kept(name, values, parameters.get(name), optimizer)
     try:
         model.load_state_dict(state.part("model"))
         torch.set_rng_state(rng["cpu"])
@@ -127,6 +135,20 @@ def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer,
             torch.cuda.set_rng_state(rng["cuda"], device)
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from None
-    for name, buffer in momentum.items():
-        # A copy in memory of torch's own: what safetensors reads need not be aligned.
-        optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name].device, copy=True)
+    for name, values in kept.items():
+        device = parameters[name].device
+        # Copies in memory of torch's own: what safetensors reads need not be aligned. Steps are counted on the CPU.
+        copies = {key: value.to(device if value.dim() else "cpu", copy=True) for key, value in values.items()}
+        optimizer.state[parameters[name]].update(copies)
+
+
+def _check_kept(
+    name: str, values: dict[str, Tensor], parameter: Tensor | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """ValueError unless ``values`` are what ``optimizer`` keeps of ``parameter``."""
+    if parameter is None or values.keys() != _KEPT[type(optimizer)]:
+        raise ValueError(f"the optimizer keeps nothing like {', '.join(values)} of a parameter {name!r}")
+    for key, value in values.items():
+        shape = torch.Size() if key == "step" else parameter.shape
+        if value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{key} of {name!r} must have shape {list(shape)}, got {list(value.shape)}")

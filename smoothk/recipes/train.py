@@ -1,4 +1,4 @@
-"""Training with smoothness penalties: SGD, reproducible to the bit, and safe to kill at any moment.
+"""Training with smoothness penalties: SGD or AdamW, reproducible to the bit, and safe to kill at any moment.
 
 A run is a function of its configuration. The learning rate and the penalty's scale are computed from the step, the
 order of the images, their crops and flips from the seed and the epoch, so that a checkpoint needs the model, the
@@ -27,7 +27,7 @@ from smoothk.penalties import SmoothnessPenalty
 from smoothk.recipes import data, models
 from smoothk.recipes.baselines import trp
 from smoothk.recipes.config import FREE_FIELDS, TrainConfig
-from smoothk.recipes.run_state import RunState, momentum_of, read_state, restore, write_state
+from smoothk.recipes.run_state import RunState, optimizer_state, read_state, restore, write_state
 
 
 @dataclass
@@ -199,7 +199,7 @@ class _Run:
         decayed = [p for p in self.model.parameters() if p.ndim > 1 and p.requires_grad]
         others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        self.optimizer = _optimizer(config, groups)
         self.penalty = _penalty(config, self.model)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.images = dataset.train_images.to(device)
@@ -299,7 +299,7 @@ class _Run:
     def save(self, path: Path) -> None:
         """Write the state of the run in one atomic step."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"momentum.{name}": value for name, value in momentum_of(self.model, self.optimizer).items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_state(self.model, self.optimizer).items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -341,6 +341,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices found")
     return device
+
+
+def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
 def _penalty(config: TrainConfig, model: nn.Module) -> SmoothnessPenalty | None:
