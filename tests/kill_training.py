@@ -28,7 +28,7 @@ from smoothk.recipes import data
 from smoothk.recipes.run_state import read_state
 from smoothk.recipes.train import TrainConfig, train
 
-EPOCHS = 12
+EPOCHS = 5
 LONGEST = 0.6  # of the time that a whole run takes, until a kill
 
 
@@ -104,13 +104,14 @@ def main(count: int, seed: int = 0) -> dict[str, object]:
     problems: list[str] = []
     out_dir = folder / "run"
     while kills < count:
+        leftovers = set(out_dir.glob(".*.tmp"))
         child = start(out_dir)
         wait(rng, child, out_dir, longest, writing=kills % 2 == 1)
         os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == -signal.SIGKILL:
             kills += 1
-            while_writing += any(out_dir.glob(".*.tmp"))
+            while_writing += not leftovers.issuperset(out_dir.glob(".*.tmp"))
             problems += damaged(out_dir)
             if kills < count:
                 continue

@@ -55,6 +55,7 @@ def read(path: Path) -> list[Mutant]:
     return found
 
 
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 MUTANTS = read(Path(__file__).with_suffix(".txt"))
 
 
@@ -69,8 +70,8 @@ def find(mutant: Mutant, checkout: Path, objects: Path) -> tuple[bool, str]:
         code, lines = run_tests(checkout, tests)
     finally:
         (checkout / mutant.file).write_text(text)
-    # A crash finds it as well; nothing run, or a file that cannot be imported, does not.
-    found = code < 0 or (code == pytest.ExitCode.TESTS_FAILED and not re.search(r"\d errors?\b", lines[-1]))
+    # A crash finds it as well; nothing run, a file that cannot be imported, or no end before the alarm does not.
+    found = -code in CRASHES or (code == pytest.ExitCode.TESTS_FAILED and not re.search(r"\d errors?\b", lines[-1]))
     return found, lines[-1]
 
 

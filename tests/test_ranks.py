@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import smoothk
 from smoothk import LowRankConv2d, LowRankLinear, RankPlan, plan_ranks
 from smoothk.macs import count_macs
+from smoothk.rank_plan import LayerPlan
 from smoothk.ranks import COSTS, METHODS, SCHEMES
 
 
@@ -454,3 +455,16 @@ def test_plans_can_be_written_by_hand() -> None:
     layer = replace(plan.layers["2"], rank=3, scheme="channel")
     small = smoothk.factorize(model, replace(plan, layers={"2": layer}))
     assert isinstance(small[2], LowRankLinear) and small[2].rank == 3 and isinstance(small[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "scheme", "full"),
+    [((6, 4), 1, "channel", 4), ((8, 3, 3, 1), 2, "channel", 4), ((4, 2, 3, 5), 1, "spatial", 6)],
+)
+def test_a_plan_takes_the_full_rank_and_not_one_more(
+    shape: tuple[int, ...], groups: int, scheme: str, full: int
+) -> None:
+    layer = LayerPlan(shape, groups, scheme, full, math.prod(shape), 1)
+    layer.check("layer")
+    with pytest.raises(ValueError, match=rf"layer 'layer' of shape .* cannot have rank {full + 1}"):
+        replace(layer, rank=full + 1).check("layer")
