@@ -28,8 +28,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2).mT.contiguous()  # Inductor is wrong about other strides
-        return self.head(self.encoder(tokens).mean(1))
+        return self.head(self.encoder(self.patches(x).flatten(2).mT).mean(1))
 
 
 def residual() -> nn.Module:
@@ -43,7 +42,9 @@ def residual() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": residual, "transformer": Transformer}
 EVERY = pytest.mark.parametrize("name", MODELS)
-INDUCTOR = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of torch, about itself
+INDUCTOR = pytest.mark.filterwarnings(  # of torch, about itself
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning", "ignore:.*LeafSpec.*:FutureWarning"
+)
 SLOW_IF_LARGE = pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "transformer"])
 
 
@@ -94,7 +95,11 @@ def test_compiles_to_one_graph_without_more_of_them_than_the_dense_model(name: s
 @INDUCTOR
 @EVERY
 def test_compiles_with_inductor(name: str) -> None:
-    graphs_of(dense_and_small(name)[1], "inductor")
+    torch.backends.mha.set_fastpath_enabled(False)  # torch is wrong about the strides that its fused layer gives
+    try:
+        graphs_of(dense_and_small(name)[1], "inductor")
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.mark.slow
