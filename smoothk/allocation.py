@@ -1,7 +1,7 @@
 """One budget, many layers: which choice for each.
 
 - ``"uniform"``: every layer keeps the same fraction of its own cost;
-- ``"energy"``: every layer keeps the same share of its energy, 1 - error;
+- ``"energy"``: every layer keeps the same share of its energy, 1 - error, where the error is the dropped share;
 - ``"global"``: the sum of the errors is minimised, by Lagrangian relaxation on the lower convex hulls of the layers'
   (cost, error) curves (Shoham & Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988).
 """
@@ -18,7 +18,8 @@ METHODS = ("uniform", "energy", "global")
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a layer; ``error`` is the share of ``Σσ²`` that it drops, ``cost`` what the budget counts."""
+    """One way to store a layer: ``cost`` is what the budget counts, ``error`` what is to be small, ``dropped`` the
+    share of ``Σσ²`` that is lost."""
 
     cost: int
     error: float
@@ -26,6 +27,7 @@ class Choice:
     rank: int
     parameters: int
     macs: int
+    dropped: float = 0.0
 
 
 def allocate(choices: Mapping[str, list[Choice]], budget: int, method: str) -> dict[str, int]:

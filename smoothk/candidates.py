@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -79,6 +80,18 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
     if weight.numel() == 0:
         return "its weight is empty"
     return None
+
+
+def check_trained(model: nn.Module) -> None:
+    """Raise ValueError that names the first parameter or batch-norm statistic with NaN or Inf, as a run that diverged
+    leaves them; other buffers may hold Inf (attention masks do)."""
+    named = list(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            named += [(f"{name}.{key}" if name else key, buffer) for key, buffer in module.named_buffers(recurse=False)]
+    for name, tensor in named:
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of the model must be finite, got NaN or Inf")
 
 
 def check_finite(layers: dict[str, Conv | nn.Linear]) -> None:

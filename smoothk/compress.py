@@ -1,9 +1,9 @@
-"""Truncated SVD of a whole model, without fine-tuning: plan, factorise, recalibrate batch norm."""
+"""Truncated SVD of a whole model, without fine-tuning: plan, factorise, refit, recalibrate batch norm."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
+from .refit import refit_factors
 from .report import Table
 
 
@@ -103,30 +104,36 @@ def replace_layers(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.M
 
 
 def compress(
-    model: nn.Module, keep: float = 0.3, calibration: Iterable[Any] | None = None, **plan_options: Any
+    model: nn.Module,
+    keep: float = 0.3,
+    calibration: Iterable[Any] | None = None,
+    *,
+    refit: bool = True,
+    **plan_options: Any,
 ) -> CompressionResult:
-    """Plan, factorise and, given inputs, recalibrate: a model of ``keep`` times the parameters, with no gradient step.
+    """Plan, factorise and, given inputs, refit and recalibrate: ``keep`` times the parameters, with no gradient step.
 
     Args:
         model: any module; left untouched.
         keep: fraction of the model's parameters (or MACs) that may remain, see `plan_ranks`.
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
-            It goes to the planner and then recalibrates batch norm. None: nothing data-dependent runs.
+            It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
+            nothing data-dependent runs.
+        refit: whether the factors are fitted to the dense layers' outputs on ``calibration`` (least squares).
         **plan_options: passed on to `plan_ranks`.
 
     Returns:
         `CompressionResult` with ``model``, ``plan`` and ``report``.
 
     Raises:
-        ValueError, TypeError: as `plan_ranks` and `factorize`; a calibration iterable that can be read only once.
+        ValueError, TypeError: as `plan_ranks` and `factorize`; a calibration iterable that can be read only once, is
+            empty, or whose first batch is on another device or does not fit the model.
     """
-    if isinstance(calibration, torch.Tensor):
-        raise TypeError("calibration must be an iterable of input batches, got a tensor; pass [tensor]")
-    if calibration is not None and (not isinstance(calibration, Iterable) or isinstance(calibration, Iterator)):
-        raise TypeError(f"calibration must be re-iterable (a list, a DataLoader), got {type(calibration).__name__}")
     plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
     small = factorize(model, plan)
     if calibration is not None:
+        if refit:
+            refit_factors(model, small, calibration)
         recalibrate_batch_norm(small, calibration)
     return CompressionResult(small, plan, plan.table())
 

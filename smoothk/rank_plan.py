@@ -62,7 +62,8 @@ class RankPlan:
     """Scheme and rank of every convolution and linear layer of a model.
 
     ``print(plan)`` shows it; `to_json` and `from_json` go both ways. Counts cover the whole model: norms, biases and
-    layers that cannot be factorised included.
+    layers that cannot be factorised included. ``latency_before`` and ``latency`` are seconds, measured and predicted,
+    where ``cost`` is ``"latency"``.
     """
 
     method: str
@@ -73,6 +74,8 @@ class RankPlan:
     macs_before: int | None = None
     macs: int | None = None
     layers: dict[str, LayerPlan] = field(default_factory=dict)
+    latency_before: float | None = None
+    latency: float | None = None
 
     @property
     def factorized(self) -> dict[str, LayerPlan]:
@@ -97,6 +100,8 @@ class RankPlan:
         head = f"{self.parameters:,} of {self.parameters_before:,} parameters kept ({100 * share:.2f} %)"
         if self.macs is not None:
             head += f", {self.macs:,} of {self.macs_before:,} MACs ({100 * self.macs / max(self.macs_before, 1):.2f} %)"
+        if self.latency is not None:
+            head += f", {1e3 * self.latency:.3g} of {1e3 * self.latency_before:.3g} ms"
         return f"{head}; method {self.method}, keep {self.keep:g} of {self.cost}\n{self.table()}"
 
     def to_json(self) -> str:
@@ -126,8 +131,14 @@ class RankPlan:
             raise ValueError("parameters must be non-negative ints")
         if not _is_pair_of_counts(self.macs_before, self.macs):
             raise ValueError("MACs must be non-negative ints")
+        if not (self.latency_before is self.latency is None or _are_positive(self.latency_before, self.latency)):
+            raise ValueError("latencies must be positive numbers")
         for name, layer in self.layers.items():
             layer.check(name)
+
+
+def _are_positive(*values: Any) -> bool:
+    return all(_is_number(value) and value > 0 for value in values)
 
 
 def _is_count(value: Any) -> bool:

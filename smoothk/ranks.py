@@ -1,7 +1,7 @@
 """Which rank for which layer: a plan for the whole model under one budget.
 
-Every layer has a list of choices, dense or factorised at some rank, each with a cost (parameters or MACs) and an error
-(the share of ``Σσ²`` that it drops); `smoothk.allocation` spends the budget on them. The paper's rank rule is not
+Every layer has a list of choices, dense or factorised at some rank, each with a cost (parameters, MACs or time) and an
+error (the share of ``Σσ²`` that it drops); `smoothk.allocation` spends the budget on them. The paper's rank rule is not
 published in detail; the default is our reading.
 """
 
@@ -15,14 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import METHODS, Choice, allocate
-from .candidates import check_finite, find_candidates
+from .calibration import check_calibration
+from .candidates import check_finite, check_trained, find_candidates
+from .importance import direction_importance
+from .latency import LayerTimes, measure_layers, measure_model
 from .layers import Conv
 from .macs import LayerCalls, count_calls
+from .outputs import first_batches
 from .rank_plan import LayerPlan, RankPlan
+from .search import refine
 from .svd import full_rank, parameters_per_rank, squared_singular_values
 
 SCHEMES = ("channel", "spatial", "auto")
-COSTS = ("params", "macs")
+COSTS = ("params", "macs", "latency")
 
 
 def plan_ranks(
@@ -36,25 +41,30 @@ def plan_ranks(
     example_input: Tensor | tuple | dict | None = None,
     calibration: Iterable | None = None,
     exclude: Iterable[str] = (),
+    search: bool = True,
 ) -> RankPlan:
     """Choose every layer's rank so that the whole model costs at most ``keep`` of what it does.
 
     Args:
         model: any module; it is not changed. On the meta device, where there are no singular values, they are taken to
             fall linearly (the quarter-circle law of a random square matrix).
-        keep: fraction in (0, 1] of ALL the model's parameters (tied ones once, buffers not) or MACs that may remain.
-            It is never exceeded, and filled as far as the ranks allow.
+        keep: fraction in (0, 1] of ALL the model's parameters (tied ones once, buffers not), MACs or time that may
+            remain. It is never exceeded, and filled as far as the ranks allow.
         method: how the budget is spent: ``"uniform"``, every layer keeps the same fraction of its own cost;
             ``"energy"``, every layer keeps the same share of its ``Σσ²``; ``"global"``, the sum over all layers of the
             dropped shares is smallest.
         scheme: ``"channel"``, ``"spatial"`` (1x1 and non-2-d layers have the channel scheme), or ``"auto"``, per
             layer. A layer stays dense where its factors would be larger.
-        cost: ``"params"`` or ``"macs"``; MACs count convolutions and linear layers, per call of ``example_input``.
+        cost: ``"params"``, ``"macs"`` or ``"latency"``. MACs count convolutions and linear layers, per call of
+            ``example_input``. Latency is that of the model on ``example_input`` on this machine with the present number
+            of threads: every layer is timed dense and at a few ranks, the rest of the model counts as unchanged. It is
+            noisy, so two calls can give two plans, and takes up to half a second for each layer.
         rank_multiple: ranks are multiples of this (8 or 16 suit tensor cores).
-        example_input: a tensor, or the tuple or dict of the model's arguments; needed for ``cost="macs"``, and makes
-            the plan report MACs otherwise.
-        calibration: iterable of unlabelled input batches. The present methods plan from the weights alone and do not
-            read it: layer errors measured at the model's output gave no better plans on CIFAR-10.
+        example_input: a tensor, or the tuple or dict of the model's arguments; needed for ``cost="macs"`` and
+            ``"latency"``, and makes the plan report MACs otherwise.
+        calibration: re-iterable of unlabelled input batches. The plan from the weights alone is then improved by
+            trying: `smoothk.search` runs the model some tens of times for each layer on the first batches, 512 inputs
+            or a little more, and moves cost between layers while the outputs come closer to the dense model's.
         exclude: names of modules to leave dense, with everything inside them.
 
     Returns:
@@ -64,32 +74,52 @@ def plan_ranks(
         ValueError: an option out of range, an unknown name in ``exclude``, a model without a layer to factorise, a
             weight with NaN or Inf (the layer is named), or an impossible ``keep`` (the message has the smallest that
             works).
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or a calibration iterable that can be read only once.
     """
     _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration)
     found = find_candidates(model)
     layers, refused = _exclude(model, found.layers, found.refused, exclude)
     check_finite(layers)
+    check_trained(model)
     calls = None if example_input is None else count_calls(model, example_input)
-    if cost == "macs":
+    if cost != "params":
         idle = [name for name in layers if name not in calls]
         refused.update(dict.fromkeys(idle, "example_input does not reach it"))
         layers = {name: layer for name, layer in layers.items() if name in calls}
     if not layers:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "no convolution or linear layer"
         raise ValueError(f"model has no layer to factorise ({listed})")
-    choices = {
-        name: _choices(layer, scheme, cost, rank_multiple, calls.get(name) if calls else None)
-        for name, layer in layers.items()
-    }
-    total = _count_parameters(model) if cost == "params" else sum(c.dense for c in calls.values())
+    times: dict[str, LayerTimes] = {}
+    if cost == "latency":
+        _check_on_hardware(model)
+        times = measure_layers(model, example_input, layers, lambda layer: _schemes(layer, scheme))
+    importance: dict[str, dict[str, Tensor]] = {}
+    batches = [] if calibration is None or method != "global" else first_batches(calibration)
+    if batches:
+        importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches)
+    choices = {}
+    for name, layer in layers.items():
+        measured = (calls or {}).get(name), times.get(name), importance.get(name)
+        choices[name] = _choices(layer, scheme, cost, rank_multiple, *measured)
+    if cost == "params":
+        total = _count_parameters(model)
+    elif cost == "macs":
+        total = sum(c.dense for c in calls.values())
+    else:  # a layer in the model can be faster than alone, its input still in cache
+        total = max(measure_model(model, example_input), sum(t.dense for t in times.values()))
     fixed = total - sum(options[-1].cost for options in choices.values())
     budget = math.floor(keep * total)
     smallest = fixed + sum(options[0].cost for options in choices.values())
     if smallest > budget:
         raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
     picked = allocate(choices, budget - fixed, method)
-    return _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
+    if batches and search:
+        picked = refine(model, layers, choices, picked, budget - fixed, batches)
+    plan = _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
+    if cost == "latency":
+        after = fixed + sum(choices[name][i].cost for name, i in picked.items())
+        plan = replace(plan, latency_before=total / 1e9, latency=after / 1e9)
+    return plan
 
 
 def _check_options(
@@ -115,10 +145,10 @@ def _check_options(
         raise TypeError(f"rank_multiple must be an int, got {type(rank_multiple).__name__}")
     if rank_multiple < 1:
         raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple}")
-    if calibration is not None and not isinstance(calibration, Iterable):
-        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
-    if cost == "macs" and example_input is None:
-        raise ValueError("example_input must be given for cost='macs', got None")
+    if calibration is not None:
+        check_calibration(model, calibration)
+    if cost != "params" and example_input is None:
+        raise ValueError(f"example_input must be given for cost={cost!r}, got None")
 
 
 def _exclude(
@@ -135,6 +165,11 @@ def _exclude(
     kept = {name: layer for name, layer in layers.items() if id(model.get_submodule(name)) not in inside}
     out = {name: "excluded" for name in layers if name not in kept}
     return kept, {**refused, **out}
+
+
+def _check_on_hardware(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model must hold values for cost='latency', got parameters on the meta device")
 
 
 def _count_parameters(model: nn.Module) -> int:
@@ -157,29 +192,45 @@ def _squares(layer: Conv | nn.Linear, groups: int, scheme: str) -> Tensor:
     return squared_singular_values(layer.weight, groups, scheme).sum(0)
 
 
+def _schemes(layer: Conv | nn.Linear, scheme: str) -> tuple[str, ...]:
+    """What ``scheme`` means for one layer."""
+    shape = layer.weight.shape
+    if len(shape) != 4 or shape[2] * shape[3] == 1:
+        return ("channel",)
+    return ("channel", "spatial") if scheme == "auto" else (scheme,)
+
+
 def _choices(
-    layer: Conv | nn.Linear, scheme: str, cost: str, rank_multiple: int, calls: LayerCalls | None
+    layer: Conv | nn.Linear,
+    scheme: str,
+    cost: str,
+    rank_multiple: int,
+    calls: LayerCalls | None,
+    times: LayerTimes | None,
+    importance: Mapping[str, Tensor] | None,
 ) -> list[Choice]:
     """The layer's choices worth having: by rising cost and falling error, the dense layer last."""
     shape, groups = tuple(layer.weight.shape), getattr(layer, "groups", 1)
     dense_macs = calls.dense if calls else 0
     parameters = layer.weight.numel()
-    dense = Choice(parameters if cost == "params" else dense_macs, 0.0, "dense", 0, parameters, dense_macs)
-    spatial = len(shape) == 4 and shape[2] * shape[3] > 1
-    schemes = {"channel": ("channel",), "spatial": ("spatial",), "auto": ("channel", "spatial")}[scheme]
+    dense_cost = {"params": parameters, "macs": dense_macs, "latency": times.dense if times else 0}[cost]
+    dense = Choice(dense_cost, 0.0, "dense", 0, parameters, dense_macs)
     found = [dense]
-    for name in schemes if spatial else ("channel",):
+    for name in _schemes(layer, scheme):
         squares = _squares(layer, groups, name)
         whole = squares.sum()
         tail = (whole - squares.cumsum(0)).clamp_min(0) / torch.where(whole == 0, 1, whole)
+        error = tail if importance is None else importance[name].flip(0).cumsum(0).flip(0).roll(-1)
+        if importance is not None:
+            error[-1] = 0.0
         per_rank = parameters_per_rank(shape, groups, name)
         macs_per_rank = calls.per_rank(shape, groups, name) if calls else 0
         for rank in range(rank_multiple, len(squares) + 1, rank_multiple):
             macs, params = rank * macs_per_rank, rank * per_rank
-            price = params if cost == "params" else macs
-            if price >= dense.cost:
+            price = params if cost == "params" else macs if cost == "macs" else times.at(name, rank)
+            if price >= dense.cost or params >= parameters and cost == "latency":
                 break
-            found.append(Choice(price, float(tail[rank - 1]), name, rank, params, macs))
+            found.append(Choice(price, float(error[rank - 1]), name, rank, params, macs, float(tail[rank - 1])))
     found.sort(key=lambda c: (c.cost, c.error))
     best, frontier = math.inf, []
     for choice in found:
@@ -218,7 +269,7 @@ def _plan(
             scheme=choice.scheme,
             rank=choice.rank,
             parameters=choice.parameters,
-            energy=1 - choice.error,
+            energy=1 - choice.dropped,
             macs=None if calls is None else choice.macs,
             reason="no rank is smaller" if len(choices[name]) == 1 else None,
         )

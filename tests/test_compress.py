@@ -16,6 +16,7 @@ import smoothk
 from smoothk import LowRankConv2d, LowRankLinear, compress, factorize, plan_ranks
 from smoothk.layers import _LowRank
 from smoothk.ranks import METHODS
+from smoothk.refit import refit_factors
 from smoothk.svd import full_rank
 
 
@@ -193,13 +194,17 @@ def test_the_result_has_model_plan_and_report() -> None:
         assert "heads.b" in text and "excluded" in text
 
 
-def test_calibration_recalibrates_batch_norm_after_factorising() -> None:
+@pytest.mark.parametrize("refit", [True, False])
+def test_calibration_refits_and_recalibrates_after_factorising(refit: bool) -> None:
     model, batches = plain().train(), [torch.randn(4, 3, 9, 8) + 1 for _ in range(3)]
     before = snapshot(model)
-    result = compress(model, 0.85, calibration=batches)
+    result = compress(model, 0.85, calibration=batches, refit=refit)
     assert_unchanged(model, before)
     assert result.model.training
-    by_hand = smoothk.recalibrate_batch_norm(factorize(model, result.plan), batches)
+    by_hand = factorize(model, result.plan)
+    if refit:
+        refit_factors(model, by_hand, batches)
+    smoothk.recalibrate_batch_norm(by_hand, batches)
     torch.testing.assert_close(result.model.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
     assert not torch.equal(result.model[1].running_mean, model[1].running_mean)
 
@@ -218,11 +223,23 @@ def test_an_iterator_that_can_be_read_once_is_refused(once) -> None:
         compress(plain(), 0.85, calibration=once(batches))
 
 
-@pytest.mark.parametrize(("calibration", "error"), [([], ValueError), (3, TypeError)])
-def test_calibration_without_batches_is_refused(calibration: object, error: type[Exception]) -> None:
-    model = plain()
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        ([], ValueError, "calibration must hold at least one batch, got none"),
+        (3, TypeError, r"calibration must be re-iterable \(a list, a DataLoader\), got int"),
+        ([torch.randn(4, 5, 9, 8)], ValueError, r"calibration must hold .* model, got \[4, 5, 9, 8\] of float32"),
+        ([torch.randn(4, 3, 9, 8).double()], ValueError, r"calibration must hold inputs .* of float64"),
+        ([(torch.randn(4, 3, 9, 8),) * 2], ValueError, "calibration must hold inputs of the model"),
+        ([None, torch.randn(4, 3, 9, 8)], ValueError, "calibration must hold inputs of the model"),
+        (["images"], ValueError, "calibration must hold inputs of the model, got <class 'str'>"),
+        ([torch.randn(4, 3, 9, 8, device="meta")], ValueError, "calibration must be on .* device, cpu, got meta"),
+    ],
+)  # fmt: skip
+def test_calibration_that_does_not_fit_is_refused(calibration: object, error: type[Exception], message: str) -> None:
+    model = plain().train()
     before = snapshot(model)
-    with pytest.raises(error, match="calibration|batches"):
+    with pytest.raises(error, match=message):
         compress(model, 0.85, calibration=calibration)
     assert_unchanged(model, before)
 

@@ -1,0 +1,93 @@
+"""How much each singular direction of each layer matters to the output: a Fisher diagonal in the basis of the SVD.
+
+For a loss that is a log-likelihood, dropping the direction ``σ u vᵀ`` of a weight changes it by about half of
+``E[(σ uᵀ G v)²]``, with ``G`` the gradient in the weight for a label drawn from the model's own prediction (the
+true Fisher, not the empirical one: Kunstner, Balles & Hennig, arXiv 1905.12558; per direction: George et al., arXiv
+1806.03884). No label is needed, no weight is changed. Batch norm normalises by each batch, so that what recalibration
+will undo does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Conv
+from .macs import run
+from .outputs import floating_tensors, is_logits
+from .refit import normalising_by_batch
+from .svd import full_rank, truncated_factors
+from .unfolding import unfold
+
+DRAWS = 32  # gradients in all: each is the sum over a batch, with labels of its own
+
+
+def direction_importance(
+    model: nn.Module,
+    layers: Mapping[str, Conv | nn.Linear],
+    schemes: Callable[[Conv | nn.Linear], tuple[str, ...]],
+    batches: list[Any],
+) -> dict[str, dict[str, Tensor]]:
+    """Mean of ``(σ uᵀ G v)²``, by layer and scheme, ``[full_rank]`` float64, the largest σ first, groups summed.
+
+    Args:
+        model: not changed; a copy is differentiated.
+        layers: those of interest; one that the batches do not reach has importance 0.
+        schemes: of a layer.
+        batches: inputs; at least one.
+    """
+    from .compress import deep_copy  # which imports the planner
+
+    copy = deep_copy(model).requires_grad_(False)
+    weights = {name: copy.get_submodule(name).weight.requires_grad_(True) for name in layers}
+    factors, sums = {}, {}
+    for name, layer in layers.items():
+        shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
+        for scheme in schemes(layer):
+            u, v = truncated_factors(layer.weight, full_rank(shape, groups, scheme), groups, scheme)
+            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            factors[name, scheme] = u.to(dtype), v.to(dtype)
+            sums[name, scheme] = torch.zeros(u.shape[-1], dtype=torch.float64, device=u.device)
+    generator = torch.Generator().manual_seed(0)
+    draws = math.ceil(DRAWS / len(batches))
+    with normalising_by_batch(copy):
+        for batch in batches:
+            with torch.enable_grad():
+                outputs = [t for t in floating_tensors(run(copy, batch)) if t.requires_grad]
+            for draw in range(draws if outputs else 0):
+                gradients = torch.autograd.grad(
+                    outputs,
+                    list(weights.values()),
+                    [_score(output, generator, is_logits(outputs)) for output in outputs],
+                    retain_graph=draw + 1 < draws,
+                    allow_unused=True,
+                )
+                for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+                    for scheme in schemes(layer) if gradient is not None else ():
+                        u, v = factors[name, scheme]
+                        g = unfold(gradient, scheme, getattr(layer, "groups", 1)).to(u.dtype)
+                        sums[name, scheme] += ((u.mT @ g) * v).sum(-1, dtype=torch.float64).square().sum(0)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for (name, scheme), total in sums.items():
+        if not torch.isfinite(total).all():
+            raise ValueError(f"calibration must give finite gradients in layer {name!r}, got NaN or Inf")
+        found[name][scheme] = total / (draws * len(batches))
+    return found
+
+
+def _score(output: Tensor, generator: torch.Generator, logits: bool) -> Tensor:
+    """Gradient of -log p in the output for a drawn target: a class for logits, else a Gaussian around the output with
+    its root mean square as deviation."""
+    output = output.detach()
+    if not logits:
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return noise / output.square().mean().sqrt().clamp_min(torch.finfo(output.dtype).tiny)
+    probabilities = output.float().softmax(1)
+    if not torch.isfinite(probabilities).all():
+        raise ValueError("calibration must give finite outputs, got NaN or Inf")
+    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(output.device)
+    return probabilities.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=probabilities.dtype)).to(output.dtype)

@@ -1,0 +1,172 @@
+"""Low-rank least squares of one layer: the samples that it is fitted to, and the factors that fit them best."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Conv, _LowRank, _LowRankConvNd
+from .unfolding import fold, unfold
+
+if TYPE_CHECKING:
+    from .refit import Moments
+
+POSITIONS = 32  # taken of each image, at random; neighbours say much the same
+_METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
+
+
+def patches(layer: _LowRank, x: Tensor) -> Tensor:
+    """What one position of the output sees, ``[groups, C_in/groups * prod(kernel), samples]``, at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not isinstance(layer, _LowRankConvNd):
+        x = x.movedim(-1, 1) if x.dim() > 1 else x.unsqueeze(0)
+        return _samples(x)[None]
+    if x.dim() == layer.axes + 1:
+        x = x.unsqueeze(0)
+    x = F.pad(x, layer._pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
+    # [N, C_in, *output, *kernel], a view: only the chosen positions are copied.
+    x = x[(slice(None), slice(None), *_positions(x.shape[2 : 2 + layer.axes]))]
+    x = x.reshape(len(x), layer.groups, x.shape[1] // layer.groups, -1, math.prod(layer.kernel_size))
+    return x.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
+
+
+def rows(layer: _LowRank, output: Tensor) -> Tensor:
+    """An output at the same samples, ``[groups, C_out/groups, samples]``, at least float32."""
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    if isinstance(layer, _LowRankConvNd):
+        y = output if output.dim() > layer.axes + 1 else output.unsqueeze(0)
+    else:
+        y = output.movedim(-1, 1) if output.dim() > 1 else output.unsqueeze(0)
+    y = _samples(y)
+    return y.reshape(getattr(layer, "groups", 1), -1, y.shape[-1])
+
+
+def _samples(x: Tensor) -> Tensor:
+    """``[N, C, *sizes]`` at the chosen positions, ``[C, samples]``."""
+    x = x[(slice(None), slice(None), *_positions(x.shape[2:]))]
+    return x.reshape(*x.shape[:2], -1).transpose(0, 1).flatten(1)
+
+
+def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Indices along each axis of up to `POSITIONS` positions, always the same; none for no axes."""
+    if not sizes:
+        return ()
+    chosen = torch.randperm(math.prod(sizes), generator=torch.Generator().manual_seed(0))[:POSITIONS]
+    return torch.unravel_index(chosen, tuple(sizes))
+
+
+def fit(
+    dense: Conv | nn.Linear, layer: _LowRank, moments: Moments, ridge: float, normalised: bool, name: str = ""
+) -> None:
+    """Set the factors and the bias of ``layer`` to those that give ``moments.y`` from ``moments.x`` best.
+
+    Means count where nothing after the layer removes them: not where it has a bias, which takes them up, nor where
+    batch norm follows (``normalised``).
+    """
+    x, y = moments.x / moments.count, moments.y / moments.count
+    gram, cross = moments.xx / moments.count, moments.yx / moments.count
+    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+        raise ValueError(f"batches must give layer {name!r} finite inputs and outputs, got NaN or Inf")
+    # What rounding leaves of a variance is no direction to fit.
+    floor = moments.eps * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    if layer.bias is not None or normalised:
+        gram = gram - x.unsqueeze(-1) * x.unsqueeze(-2)
+        cross = cross - y.unsqueeze(-1) * x.unsqueeze(-2)
+    problem = _Problem(dense, layer, gram, cross, floor)
+    candidates = [problem.present(), problem.refitted(problem.present()), problem.refitted(problem.regressed(ridge))]
+    u, v = min(candidates, key=problem.error)  # the first of equals
+    if u is not candidates[0][0]:
+        lengths = [part.norm(dim=dim).clamp_min(1e-30) for part, dim in ((u, -2), (v, -1))]
+        root = (lengths[0] / lengths[1]).sqrt()  # as much in each factor, which narrow dtypes need
+        u, v = u / root.unsqueeze(-2), v * root.unsqueeze(-1)
+        layer.v.copy_(v.reshape(layer.v.shape))
+        layer.u.copy_(layer._u_from_matrices(u) if isinstance(layer, _LowRankConvNd) else u[0])
+    if layer.bias is not None:
+        layer.bias.copy_((y - (problem.weight(u, v) @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
+
+
+class _Problem:
+    """One layer's least squares; factors are matrices ``u [groups, rows, rank]``, ``v [groups, rank, columns]`` of its
+    scheme's unfolding, float64."""
+
+    def __init__(self, dense: Conv | nn.Linear, layer: _LowRank, gram: Tensor, cross: Tensor, floor: Tensor) -> None:
+        self.layer, self.gram, self.cross, self.floor = layer, gram, cross, floor
+        self.shape, self.groups = tuple(dense.weight.shape), getattr(layer, "groups", 1)
+        self.scheme = getattr(layer, "scheme", "channel")
+        self.spatial = self.scheme == "spatial"
+        self.dense = unfold(dense.weight.detach().double(), "channel", self.groups)
+
+    def present(self) -> tuple[Tensor, Tensor]:
+        """The factors that the layer has."""
+        u, v = self.layer.u.detach().double(), self.layer.v.detach().double()
+        if self.spatial:
+            u = u.squeeze(2).transpose(1, 2)  # [C_out, k_w, rank]
+        return u.reshape(self.groups, -1, self.layer.rank), v.reshape(self.groups, self.layer.rank, -1)
+
+    def regressed(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Ridge regression towards the dense weight, projected onto the directions of the largest outputs."""
+        weight = self.dense + _solve(self.gram, self.cross - self.dense @ self.gram, ridge, self.floor)
+        matrix = unfold(fold(weight, self.shape, "channel"), self.scheme, self.groups)
+        metric = self.gram
+        if self.spatial:
+            c_in, k_h, k_w = self.shape[1:]
+            split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
+            metric = sum(split[:, :, :, j, :, :, j] for j in range(k_w)).reshape(self.groups, c_in * k_h, -1) / k_w
+        outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.floor) @ matrix.mT
+        u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
+        return u, u.mT @ matrix
+
+    def refitted(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The best ``u`` for this ``v``."""
+        u, v = factors
+        maps, old = self._maps(v), self._beside_maps(u)
+        gram, cross = maps @ self.gram @ maps.mT, self.cross @ maps.mT
+        floor = self.floor * maps.square().sum(-1).mean(-1, keepdim=True)
+        new = old + _solve(gram, cross - old @ gram, _REFIT_RIDGE, floor)
+        if self.spatial:
+            new = new.reshape(self.groups, -1, self.layer.rank, self.shape[3]).transpose(2, 3)
+        return new.reshape(u.shape), v
+
+    def weight(self, u: Tensor, v: Tensor) -> Tensor:
+        """The product of the factors as ``[groups, C_out/groups, f]``."""
+        return self._beside_maps(u) @ self._maps(v)
+
+    def error(self, factors: tuple[Tensor, Tensor]) -> float:
+        """Mean squared distance to the outputs, but for a constant."""
+        weight = self.weight(*factors)
+        return ((weight @ self.gram - 2 * self.cross) * weight).sum().item()
+
+    def _maps(self, v: Tensor) -> Tensor:
+        """From a patch to what ``u`` is multiplied by: the intermediate, in the spatial scheme its k_w columns."""
+        if not self.spatial:
+            return v
+        c_in, k_h, k_w = self.shape[1:]
+        maps = v.new_zeros(self.groups, self.layer.rank, k_w, c_in, k_h, k_w)
+        for j in range(k_w):
+            maps[:, :, j, :, :, j] = v.reshape(self.groups, self.layer.rank, c_in, k_h)
+        return maps.reshape(self.groups, self.layer.rank * k_w, -1)
+
+    def _beside_maps(self, u: Tensor) -> Tensor:
+        """``u`` as the matrix that is multiplied by `_maps`."""
+        if not self.spatial:
+            return u
+        split = u.reshape(self.groups, -1, self.shape[3], self.layer.rank)
+        return split.transpose(2, 3).reshape(self.groups, split.shape[1], -1)
+
+
+def _damped(gram: Tensor, ridge: float, floor: Tensor) -> Tensor:
+    """``gram`` plus ``ridge`` times its mean diagonal and ``floor`` ``[groups, 1]``."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    added = ridge * diagonal.mean(-1, keepdim=True) + floor + torch.finfo(gram.dtype).tiny
+    return gram + torch.diag_embed(added.expand_as(diagonal))
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: float, floor: Tensor) -> Tensor:
+    """``right (gram + ridge)^-1``."""
+    return torch.linalg.solve(_damped(gram, ridge, floor), right.mT).mT

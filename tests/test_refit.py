@@ -1,0 +1,198 @@
+"""`smoothk.refit.refit_factors`: least squares of the factors against the dense layers' outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from small_models import MODELS, plain
+from torch import Tensor, nn
+
+import smoothk
+from smoothk import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, regression
+from smoothk.layers import _LowRank
+from smoothk.refit import refit_factors
+from smoothk.regression import patches, rows
+from smoothk.unfolding import fold, unfold
+
+# every kind of low-rank layer and geometry, and the shape of its input
+GEOMETRIES: dict[str, tuple[Callable[[], _LowRank], tuple[int, ...]]] = {
+    "linear": (lambda: LowRankLinear(7, 9, 4), (3, 5, 7)),
+    "1-d": (lambda: LowRankConv1d(6, 8, 3, 2, stride=2, padding=1, groups=2), (2, 6, 11)),
+    "3-d": (lambda: LowRankConv3d(3, 5, (1, 2, 3), 4, padding=(0, 1, 1)), (2, 3, 4, 5, 6)),
+    **{
+        f"{scheme}, {mode}, {padding}": (
+            lambda scheme=scheme, mode=mode, padding=padding: LowRankConv2d(
+                6, 8, (3, 5), 3, stride=1 if padding == "same" else (2, 3), padding=padding, dilation=(2, 1), groups=2,
+                padding_mode=mode, scheme=scheme,
+            ),
+            (2, 6, 12, 13),
+        )
+        for scheme, mode, padding in product(("channel", "spatial"), ("zeros", "circular"), ((2, 1), "same", "valid"))
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "POSITIONS", 10**9)
+
+
+@pytest.mark.parametrize("most", [3, 10**9])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_patches_times_the_weight_are_the_outputs(monkeypatch: pytest.MonkeyPatch, name: str, most: int) -> None:
+    monkeypatch.setattr(regression, "POSITIONS", most)
+    dense, small = pair(GEOMETRIES[name][0])
+    x = torch.randn(GEOMETRIES[name][1], dtype=torch.float64)
+    groups = getattr(dense, "groups", 1)
+    with torch.no_grad():
+        found = unfold(dense.weight, "channel", groups) @ patches(small, x) + dense.bias.reshape(groups, -1, 1)
+        expected = rows(small, dense(x))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if name != "linear" and most == 3:
+        assert found.shape[-1] == 3 * len(x)
+        one = rows(small, dense(x[0]))  # an image without a batch
+        torch.testing.assert_close(one, expected[..., :3])
+
+
+def pair(make: Callable[[], _LowRank], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, _LowRank]:
+    """A dense layer and its low-rank copy."""
+    new = make().to(dtype)
+    dense = new.to_linear() if isinstance(new, LowRankLinear) else new.to_conv()
+    with torch.no_grad():
+        dense.weight.normal_()
+        dense.bias.normal_()
+    if isinstance(new, LowRankLinear):
+        return dense, LowRankLinear.from_linear(dense, new.rank)
+    return dense, type(new).from_conv(dense, new.rank, scheme=new.scheme)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_layer_gets_the_least_squares_solution(all_positions: None, name: str) -> None:
+    """u and the bias against numpy's `lstsq` for the v that came out; in the channel scheme no v is better."""
+    make, shape = GEOMETRIES[name]
+    dense, small = pair(make)
+    batches = [torch.randn(shape, dtype=torch.float64) @ torch.diag(torch.linspace(2, 0.1, shape[-1]).double()) + 0.5
+               for _ in range(40)]  # fmt: skip
+    refit_factors(nn.Sequential(dense), nn.Sequential(small), batches, ridge=0)
+    groups = getattr(dense, "groups", 1)
+    x = torch.cat([patches(small, x) for x in batches], -1)
+    y = torch.cat([rows(small, dense(x).detach()) for x in batches], -1)
+    taps = small.kernel_size[1] if getattr(small, "scheme", "") == "spatial" else 1
+    v = small.v.detach().reshape(groups, small.rank, -1)
+    columns = x if taps == 1 else torch.stack(
+        [x.reshape(groups, -1, taps, x.shape[-1])[:, :, j] for j in range(taps)], 1
+    )  # fmt: skip
+    hidden = v @ x if taps == 1 else (v.unsqueeze(1) @ columns).flatten(1, 2)
+    for group in range(groups):
+        design = torch.cat([hidden[group], torch.ones_like(hidden[group][:1])]).mT.numpy()
+        solution = np.linalg.lstsq(design, y[group].mT.numpy(), rcond=None)[0]
+        best = np.square(design @ solution - y[group].mT.numpy()).sum()
+        found = torch.cat([rows(small, small(x).detach()) for x in batches], -1)[group]
+        wanted = y[group]
+        error = float((found - wanted).square().sum())
+        assert error == pytest.approx(best, rel=1e-4)
+        if taps == 1:  # reduced-rank regression: the covariance of the outputs beyond the rank
+            centred = wanted - wanted.mean(1, keepdim=True)
+            tail = torch.linalg.eigvalsh(centred @ centred.mT)[: -small.rank].sum()
+            assert error == pytest.approx(float(tail), rel=1e-2)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_white_inputs_give_the_truncated_svd(scheme: str) -> None:
+    """An identity covariance is no reason to differ from Eckart and Young."""
+    conv = nn.Conv2d(6, 8, 3, bias=False).double()
+    small = LowRankConv2d.from_conv(conv, 3, scheme=scheme)
+    eye = torch.eye(54, dtype=torch.float64)[None]
+    dense = conv.weight.detach().reshape(1, 8, 54)
+    u, v = regression._Problem(conv, small, eye, dense.clone(), torch.zeros(1, 1).double()).regressed(0.0)
+    expected = small.weight.detach()
+    torch.testing.assert_close(fold(u @ v, conv.weight.shape, scheme), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_fit_never_raises_the_error_of_a_layer(all_positions: None, name: str, ridge: float) -> None:
+    make, shape = GEOMETRIES[name]
+    dense, small = pair(make)
+    batches = [torch.randn(shape, dtype=torch.float64).relu() for _ in range(3)]
+
+    def error() -> float:
+        with torch.no_grad():
+            return sum(float((small(x) - dense(x)).square().sum()) for x in batches)
+
+    before = error()
+    for _ in range(2):
+        refit_factors(nn.Sequential(dense), nn.Sequential(small), batches, ridge=ridge)
+        after = error()
+        assert after <= before * (1 + 1e-9)
+        before = after
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_come_closer_to_the_dense_output(name: str, together: int) -> None:
+    model, _ = (make() for make in MODELS[name])
+    model = model.double().eval()
+    batches = [torch.cat([MODELS[name][1]().double() for _ in range(15)]) for _ in range(3)]
+    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.85 if name == "plain" else 0.6))
+    smoothk.recalibrate_batch_norm(model, batches)
+    smoothk.recalibrate_batch_norm(small, batches)
+    before = copy.deepcopy(model.state_dict())
+
+    def error() -> float:
+        with torch.no_grad():
+            return sum(float((small(x) - model(x)).square().sum()) for x in batches)
+
+    plain_error = error()
+    assert refit_factors(model, small, batches, together=together) is small
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    smoothk.recalibrate_batch_norm(small, batches)
+    assert error() < plain_error
+    assert not any(m._forward_hooks for both in (model, small) for m in both.modules())
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    return [t.clone() for t in (*model.parameters(), *model.buffers())]
+
+
+@pytest.mark.parametrize("batch", [torch.randn(2, 5, 9, 8), torch.full((2, 3, 9, 8), float("nan")), torch.randn(3)])
+def test_after_an_error_the_model_is_as_it_was(batch: Tensor) -> None:
+    model = plain().eval()
+    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.85))
+    small.train()
+    before = statistics(small)
+    with pytest.raises((RuntimeError, ValueError)):
+        refit_factors(model, small, [torch.randn(2, 3, 9, 8), batch])
+    torch.testing.assert_close(statistics(small), before, rtol=0, atol=0)
+    assert all(m.training for m in small.modules()) and not any(m._forward_hooks for m in small.modules())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_inputs_that_span_nothing_work(value: float) -> None:
+    dense, small = pair(GEOMETRIES["linear"][0], torch.float32)
+    refit_factors(nn.Sequential(dense), nn.Sequential(small), [torch.full((4, 7), value)], ridge=0)
+    x = torch.full((1, 7), value)
+    torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.isfinite(p).all() for p in small.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"together": 0}, ValueError, "together must be an int of at least 1, got 0"),
+        ({"ridge": -1.0}, ValueError, "ridge must be at least 0, got -1.0"),
+        ({"batches": []}, ValueError, "batches must hold at least one batch, got none"),
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"small": None}, TypeError, "small must be a torch.nn.Module, got NoneType"),
+    ],
+)
+def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
+    model = plain()
+    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.85))
+    with pytest.raises(error, match=message):
+        refit_factors(**{"model": model, "small": small, "batches": [torch.randn(2, 3, 9, 8)], **options})
