@@ -314,3 +314,17 @@ def test_the_pair_is_what_torch_runs() -> None:
     wanted = F.conv2d(F.conv2d(x, v, padding=1), u)
     assert torch.equal(smoothk.low_rank_conv2d(x, v, u, padding=1, backend="torch"), wanted)
     assert torch.equal(smoothk.low_rank_conv2d(x, v, u, padding=1, method="pair"), wanted)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_second_derivatives_are_those_of_the_pair(scheme: str) -> None:
+    """The intermediate is an output of the operator: in a second derivative it has a gradient of its own."""
+    v_size, u_size = ((3, 4, 3, 3), (5, 3, 1, 1)) if scheme == "channel" else ((3, 4, 3, 1), (5, 3, 1, 3))
+    tensors = [torch.randn(size, requires_grad=True) for size in ((2, 4, 6, 5), v_size, u_size)]
+    results = []
+    for method in ("fused", "pair"):
+        y = smoothk.low_rank_conv2d(*tensors, padding=1, method=method)
+        firsts = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        results.append(torch.autograd.grad(sum(first.square().sum() for first in firsts), tensors))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
