@@ -38,7 +38,7 @@ TASKS = {"fit": FitConfig(), "double": FitConfig(factor=2)}
 NETWORKS = {
     "plain": {},
     "first order": {"first_order": 0.1, "decoupled": True},
-    "nuclear 0.5": {"nuclear": 0.5, "decoupled": True},
+    "nuclear 0.3": {"nuclear": 0.3, "decoupled": True},
     "nuclear 1": {"nuclear": 1.0, "decoupled": True},
     "nuclear 2": {"nuclear": 2.0, "decoupled": True},
 }
