@@ -1,8 +1,8 @@
 """Which rank for which layer: a plan for the whole model under one budget.
 
 Every layer has a list of choices, dense or factorised at some rank, each with a cost (parameters, MACs or time) and an
-error (the share of ``Σσ²`` that it drops); `smoothk.allocation` spends the budget on them. The paper's rank rule is not
-published in detail; the default is our reading.
+error (the share of ``Σσ²`` that it drops, or what calibration inputs say of it); `smoothk.allocation` spends the budget
+on them. The paper's rank rule is not published in detail; the default is our reading.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan_ranks(
     example_input: Tensor | tuple | dict | None = None,
     calibration: Iterable | None = None,
     exclude: Iterable[str] = (),
-    search: bool = True,
+    search: bool = False,
 ) -> RankPlan:
     """Choose every layer's rank so that the whole model costs at most ``keep`` of what it does.
 
@@ -62,10 +62,13 @@ def plan_ranks(
         rank_multiple: ranks are multiples of this (8 or 16 suit tensor cores).
         example_input: a tensor, or the tuple or dict of the model's arguments; needed for ``cost="macs"`` and
             ``"latency"``, and makes the plan report MACs otherwise.
-        calibration: re-iterable of unlabelled input batches. The plan from the weights alone is then improved by
-            trying: `smoothk.search` runs the model some tens of times for each layer on the first batches, 512 inputs
-            or a little more, and moves cost between layers while the outputs come closer to the dense model's.
+        calibration: re-iterable of unlabelled input batches, of which the first 512 inputs or a little more are used.
+            With ``"global"`` the sum over all layers of the dropped directions' importance to the output is smallest
+            instead: the Fisher information of pseudo-labels, see `smoothk.importance`. It takes 32 gradients of a copy
+            of the model, which has to be differentiable; a ``[N, classes]`` output is taken as logits.
         exclude: names of modules to leave dense, with everything inside them.
+        search: improve the ``"global"`` plan by trying (`smoothk.search`): some tens of passes over the same inputs for
+            each layer. Needs ``calibration``.
 
     Returns:
         The plan; layers that cannot be factorised are listed as dense with the reason.
@@ -76,7 +79,7 @@ def plan_ranks(
             works).
         TypeError: an argument of the wrong type, or a calibration iterable that can be read only once.
     """
-    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration)
+    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration, search)
     found = find_candidates(model)
     layers, refused = _exclude(model, found.layers, found.refused, exclude)
     check_finite(layers)
@@ -130,7 +133,8 @@ def _check_options(
     cost: str,
     rank_multiple: int,
     example_input: object,
-    calibration: object,
+    calibration: Iterable | None,
+    search: bool,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -145,6 +149,8 @@ def _check_options(
         raise TypeError(f"rank_multiple must be an int, got {type(rank_multiple).__name__}")
     if rank_multiple < 1:
         raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple}")
+    if search and (calibration is None or method != "global"):
+        raise ValueError(f"search needs calibration and method='global', got {calibration!r} and {method!r}")
     if calibration is not None:
         check_calibration(model, calibration)
     if cost != "params" and example_input is None:

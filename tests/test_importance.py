@@ -1,0 +1,70 @@
+"""`smoothk.importance`: the Fisher diagonal in the singular directions, against its exact value in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import MODELS
+from torch import Tensor, nn
+
+from smoothk import importance
+from smoothk.candidates import find_candidates
+from smoothk.importance import direction_importance
+
+
+def both(layer: nn.Module) -> tuple[str, ...]:
+    return ("channel", "spatial") if isinstance(layer, nn.Conv2d) else ("channel",)
+
+
+def test_a_classifier_gets_the_exact_fisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For logits W x the expectation over the labels has a closed form."""
+    monkeypatch.setattr(importance, "DRAWS", 3000)
+    model = nn.Sequential(nn.Linear(5, 4)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    (found,) = direction_importance(model, dict(find_candidates(model).layers), both, [x]).values()
+    u, s, v = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
+    p = model(x).detach().softmax(1)
+    scores = (p.unsqueeze(1) - torch.eye(4, dtype=torch.float64)) @ u  # [inputs, label, direction]
+    exact = (p.unsqueeze(2) * (scores * (x @ v.mT).unsqueeze(1) * s).square()).sum((0, 1))
+    torch.testing.assert_close(found["channel"], exact, rtol=0.1, atol=0.01 * float(exact.max()))
+
+
+def test_other_outputs_are_taken_as_gaussian(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "DRAWS", 3000)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Unflatten(1, (2, 2))).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    found = direction_importance(model, dict(find_candidates(model).layers), both, [x])["0"]["channel"]
+    _, s, v = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
+    exact = s.square() * (x @ v.mT).square().sum(0) / model(x).detach().square().mean()
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.01 * float(exact.max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_layer(name: str) -> None:
+    model = MODELS[name][0]().train().requires_grad_(False)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    batches = [MODELS[name][1]() for _ in range(2)]
+    state, layers = torch.get_rng_state(), find_candidates(model).layers
+    found, again = (direction_importance(model, layers, both, batches) for _ in range(2))
+    for key, by_scheme in found.items():
+        for scheme, values in by_scheme.items():
+            assert torch.equal(values, again[key][scheme]) and (values >= 0).all()
+            assert (values.sum() > 0) == (key != "idle"), "no input reaches 'idle'"
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state) and not any(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules())
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) / 0
+
+    with pytest.raises(ValueError, match="calibration must give finite outputs, got NaN or Inf"):
+        direction_importance(Broken(), {"layer": Broken().layer}, both, [torch.randn(3, 5)])
