@@ -197,6 +197,17 @@ def test_reruns_have_the_same_bits(norm: str) -> None:
     assert len({bits() for _ in range(3)}) == 1
 
 
+@pytest.mark.parametrize(("norm", "normalized"), [("l2", False), ("l2", True), ("l21", False)])
+def test_a_launch_leaves_its_tables_as_they_were(norm: str, normalized: bool, launches: list[dict[str, Any]]) -> None:
+    weights = [randn(9, 520), randn(40, 700), randn(5)]
+    terms = [
+        torch.ops.smoothk_triton.difference_penalty(weights, [1, 2], [0], norm, normalized, EPS) for _ in range(3)
+    ]
+    assert len({launch["tickets"].data_ptr() for launch in launches}) == 1
+    assert not launches[0]["tickets"].any()
+    assert all(torch.equal(term, terms[0]) for term in terms)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="files are on the CPU")
 @pytest.mark.parametrize(
     ("shape", "rows", "dim"), [((24, 2**27 - 1024), 3, 0), ((3, 2**30), 1, 1)], ids=["row tiles", "flat tiles"]

@@ -54,6 +54,16 @@ def test_all_weights_at_once_are_those_of_the_definition(dtype: torch.dtype, unf
         assert (factor - truth).norm() <= 1e-5 * truth.norm()
 
 
+def test_both_sides_longer_than_a_tile() -> None:
+    """The tiles above the diagonal of the symmetric products are those below it, mirrored."""
+    ws = weights((66, 70), (131, 67))
+    values, factors = kernels.polar_factors(ws, "channel", "polar")
+    expected, wanted = reference.polar_factors([w.double() for w in ws], "channel", "polar")
+    torch.testing.assert_close(values.double(), expected, rtol=2e-6, atol=0)
+    for factor, truth in zip(factors, wanted, strict=True):
+        assert (factor - truth).norm() <= 1e-5 * truth.norm()
+
+
 def test_nothing_but_empty_weights() -> None:
     values, factors = kernels.polar_factors(weights((0, 3), (4, 0, 3, 3)), "spatial", "polar")
     assert torch.equal(values, torch.zeros(2, device=DEVICE)) and [f.shape for f in factors] == [(0, 3), (4, 0, 3, 3)]
