@@ -107,8 +107,8 @@ def _deflate(w: Tensor) -> tuple[float, Tensor] | None:
         w: float32 ``[rows, columns]``, rows <= columns, largest entry about 1.
 
     Returns:
-        None where that is no gain, or a singular value is too close to the threshold to tell its side. Not even float64
-        recovers that from rows that were rounded: the caller has to start from the exact matrix.
+        None where a singular value is too close to the threshold to tell its side. Not even float64 recovers that from
+        rows that were rounded: the caller has to start from the exact matrix.
     """
     left, right, count = None, w, len(w)
     value = cut = noise = 0.0
@@ -119,8 +119,6 @@ def _deflate(w: Tensor) -> tuple[float, Tensor] | None:
             return None
         s, u, weak = found
         if left is None:
-            if 2 * weak > len(w) and 2 * len(w) > w.shape[1]:  # the rest takes longer than float64 from the start
-                return None
             largest = s[-1].item()
             cut, noise = _threshold(w) * largest, torch.finfo(w.dtype).eps * largest
         value += s[weak:].sum().item()
