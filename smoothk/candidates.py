@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .layers import Conv, _LowRank
@@ -90,6 +91,8 @@ def check_trained(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm):
             named += [(f"{name}.{key}" if name else key, buffer) for key, buffer in module.named_buffers(recurse=False)]
     for name, tensor in named:
+        if is_lazy(tensor):
+            continue
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} of the model must be finite, got NaN or Inf")
 

@@ -58,7 +58,9 @@ def direction_importance(
         for batch in batches:
             with torch.enable_grad():
                 outputs = [t for t in floating_tensors(run(copy, batch)) if t.requires_grad]
-            for draw in range(draws if outputs else 0):
+            if not outputs:
+                raise ValueError("calibration needs a model with differentiable floating-point outputs, got none")
+            for draw in range(draws):
                 gradients = torch.autograd.grad(
                     outputs,
                     list(weights.values()),

@@ -23,7 +23,6 @@ from .layers import Conv
 from .macs import LayerCalls, count_calls
 from .outputs import first_batches
 from .rank_plan import LayerPlan, RankPlan
-from .search import refine
 from .svd import full_rank, parameters_per_rank, squared_singular_values
 
 SCHEMES = ("channel", "spatial", "auto")
@@ -41,7 +40,6 @@ def plan_ranks(
     example_input: Tensor | tuple | dict | None = None,
     calibration: Iterable | None = None,
     exclude: Iterable[str] = (),
-    search: bool = False,
 ) -> RankPlan:
     """Choose every layer's rank so that the whole model costs at most ``keep`` of what it does.
 
@@ -67,8 +65,6 @@ def plan_ranks(
             instead: the Fisher information of pseudo-labels, see `smoothk.importance`. It takes 32 gradients of a copy
             of the model, which has to be differentiable; a ``[N, classes]`` output is taken as logits.
         exclude: names of modules to leave dense, with everything inside them.
-        search: improve the ``"global"`` plan by trying (`smoothk.search`): some tens of passes over the same inputs for
-            each layer. Needs ``calibration``.
 
     Returns:
         The plan; layers that cannot be factorised are listed as dense with the reason.
@@ -79,7 +75,7 @@ def plan_ranks(
             works).
         TypeError: an argument of the wrong type, or a calibration iterable that can be read only once.
     """
-    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration, search)
+    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration)
     found = find_candidates(model)
     layers, refused = _exclude(model, found.layers, found.refused, exclude)
     check_finite(layers)
@@ -116,8 +112,6 @@ def plan_ranks(
     if smallest > budget:
         raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
     picked = allocate(choices, budget - fixed, method)
-    if batches and search:
-        picked = refine(model, layers, choices, picked, budget - fixed, batches)
     plan = _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
     if cost == "latency":
         after = fixed + sum(choices[name][i].cost for name, i in picked.items())
@@ -134,7 +128,6 @@ def _check_options(
     rank_multiple: int,
     example_input: object,
     calibration: Iterable | None,
-    search: bool,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -149,8 +142,6 @@ def _check_options(
         raise TypeError(f"rank_multiple must be an int, got {type(rank_multiple).__name__}")
     if rank_multiple < 1:
         raise ValueError(f"rank_multiple must be a positive int, got {rank_multiple}")
-    if search and (calibration is None or method != "global"):
-        raise ValueError(f"search needs calibration and method='global', got {calibration!r} and {method!r}")
     if calibration is not None:
         check_calibration(model, calibration)
     if cost != "params" and example_input is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from small_models import MODELS
+from small_models import MODELS, parameter_count
 from torch import Tensor, nn
 
-from smoothk import importance
+from smoothk import factorize, importance, plan_ranks
 from smoothk.candidates import find_candidates
 from smoothk.importance import direction_importance
 
@@ -55,6 +56,74 @@ def test_every_kind_of_layer(name: str) -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state) and not any(p.requires_grad for p in model.parameters())
     assert all(m.training for m in model.modules())
+
+
+class Weighted(nn.Module):
+    """Two equal layers, one of which hardly counts in the output: weights alone cannot tell them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) + 1e-3 * self.b(x)).unsqueeze(2)
+
+
+@pytest.mark.parametrize("cost", ["params", "macs"])
+def test_ranks_go_to_the_layer_that_counts(cost: str) -> None:
+    model, batches = Weighted(), [torch.randn(50, 24) for _ in range(2)]
+    options = {"cost": cost, "example_input": batches[0]}
+    free, calibrated = plan_ranks(model, 0.5, **options), plan_ranks(model, 0.5, calibration=batches, **options)
+    parameters = {name: [plan.layers[name].parameters for plan in (free, calibrated)] for name in ("a", "b")}
+    assert parameters["a"][0] < parameters["a"][1] and parameters["b"][0] > parameters["b"][1]
+    errors = []
+    for plan in (free, calibrated):
+        small = factorize(model, plan).requires_grad_(False)
+        errors.append(sum(float((small(x) - model(x).detach()).square().sum()) for x in batches))
+    assert errors[1] < errors[0]
+    squares = torch.linalg.svdvals(model.b.weight.detach().double()).square()
+    share = float(squares[: calibrated.layers["b"].rank].sum() / squares.sum())
+    assert calibrated.layers["b"].energy == pytest.approx(share), "a plan reports energies, not importance"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_budget_is_kept_and_the_plan_real(name: str) -> None:
+    model, batches = MODELS[name][0](), [MODELS[name][1]() for _ in range(3)]
+    keep = 0.85 if name == "plain" else 0.6
+    plan = plan_ranks(model, keep, calibration=batches)
+    assert plan.parameters == parameter_count(factorize(model, plan)) <= math.floor(keep * plan.parameters_before)
+    assert plan_ranks(model, keep, calibration=batches) == plan, "the same inputs give the same plan"
+
+
+def test_only_as_many_inputs_as_needed_are_read() -> None:
+    read = []
+
+    class Batches:
+        def __iter__(self):
+            for i in range(100):
+                read.append(i)
+                yield torch.randn(200, 24)
+
+    plan_ranks(Weighted(), 0.5, calibration=Batches())
+    assert max(read) == 2  # 600 inputs, and the first batch of all was looked at
+
+
+def test_a_model_without_outputs_to_differentiate_is_refused() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(20, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).argmax(1)
+
+    with pytest.raises(ValueError, match="calibration needs a model with differentiable .* outputs, got none"):
+        plan_ranks(Counts(), 0.5, calibration=[torch.randn(3, 20)])
+
+
+def test_a_model_on_meta_is_refused() -> None:
+    with pytest.raises(ValueError, match="model must hold values for calibration"):
+        plan_ranks(Weighted().to("meta"), 0.5, calibration=[torch.randn(3, 24, device="meta")])
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:
