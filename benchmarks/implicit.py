@@ -43,6 +43,7 @@ NETWORKS = {
     "nuclear 2": {"nuclear": 2.0, "decoupled": True},
 }
 NARROW = "narrower, trained at that size"
+NARROW_LOOK = {"color": "#888888", "marker": "x", "linestyle": ":"}
 PICTURE_NETWORK, PICTURE_KEEP = "nuclear 1", 0.3
 
 
@@ -178,7 +179,8 @@ def draw_curves(fits: dict[str, list[Fit]], path: Path) -> None:
                     [m - min(v) for m, v in zip(middle, values, strict=True)],
                     [max(v) - m for m, v in zip(middle, values, strict=True)],
                 ]
-                axis.errorbar(kept, middle, bars, label=network, elinewidth=0.8, **figures.look(index))
+                look = NARROW_LOOK if network == NARROW else figures.look(index)
+                axis.errorbar(kept, middle, bars, label=network, elinewidth=0.8, **look)
                 data += [
                     [task, network, *map("{:.4g}".format, (k, m, min(v), max(v)))]
                     for k, m, v in zip(kept, middle, values, strict=True)
@@ -186,7 +188,7 @@ def draw_curves(fits: dict[str, list[Fit]], path: Path) -> None:
             if members[0].config.factor > 1:
                 value = bicubic(members[0].config)
                 axis.axhline(value, color="#888888", **figures.DENSE_LINE)
-                axis.annotate("bicubic", (100, value), xytext=(0, 4), textcoords="offset points", ha="right")
+                axis.annotate("bicubic", (10, value), xytext=(0, -12), textcoords="offset points")
                 data.append([task, "bicubic", "", f"{value:.4g}", "", ""])
             axis.set_title(titles[task])
             axis.set_xscale("log")
