@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
-from .macs import run
+from .macs import run, watch
 from .svd import full_rank, parameters_per_rank
 
 _SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)  # of the rank from which the factors are larger than the weight
@@ -108,27 +108,12 @@ def _random_layer(layer: Conv | nn.Linear, scheme: str, rank: int) -> _LowRank:
 def _input_kinds(model: nn.Module, example_input: Any, layers: Mapping[str, nn.Module]) -> dict[str, Inputs]:
     """By layer, a random input of every size and layout that it gets, and how often."""
     seen: dict[str, Counter] = {}
-    handles = []
-    modes = {module: module.training for module in model.modules()}
 
-    def record(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-            seen.setdefault(name, Counter())[tuple(x.shape), x.dtype, x.device, channels_last] += 1
+    def add(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        seen.setdefault(name, Counter())[tuple(x.shape), x.dtype, x.device, channels_last] += 1
 
-        return hook
-
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(record(name), with_kwargs=True))
-        with torch.no_grad():
-            run(model.eval(), example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    watch(model, example_input, layers, add)
     return {name: [(_random_tensor(*kind), count) for kind, count in kinds.items()] for name, kinds in seen.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,38 +42,29 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
-    """Calls of every convolution, linear and low-rank layer of ``model`` in evaluation mode; the model is not
-    changed."""
-    calls: dict[str, LayerCalls] = {}
-    handles = []
+def watch(
+    model: nn.Module,
+    example_input: Any,
+    layers: Mapping[str, nn.Module],
+    seen: Callable[[str, nn.Module, Tensor, Tensor], None],
+) -> None:
+    """Run ``model`` once on ``example_input``, in evaluation mode and without gradients; the model is not changed.
+
+    Args:
+        seen: called with name, layer, input and output at every call of one of ``layers``.
+    """
     modes = {module: module.training for module in model.modules()}
-    kinds = (_ConvNd, nn.Linear, _LowRank, *transposed_linear_types())
+    handles = []
 
-    def record(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            entry = calls.setdefault(name, LayerCalls())
-            if isinstance(module, _ConvNd | _LowRankConvNd):
-                axes = len(module.kernel_size)
-                batch = math.prod(output.shape[: -axes - 1])
-                out = batch * math.prod(output.shape[-axes:])
-                width = x.shape[-1]
-                if module.padding_mode != "zeros":  # padded ahead of both convolutions
-                    pad = module._pad if isinstance(module, _LowRank) else module._reversed_padding_repeated_twice
-                    width += sum(pad[:2])
-                between = batch * output.shape[-2] * width if axes == 2 else out
-            else:
-                out = between = math.prod(output.shape[:-1])
-            entry.positions.append((out, between))
-            entry.dense += _macs(module, out, between, x)
+    def hook(name: str) -> Callable[..., None]:
+        def called(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            seen(name, layer, args[0] if args else next(iter(kwargs.values())), output)
 
-        return hook
+        return called
 
     try:
-        for name, module in model.named_modules():
-            if isinstance(module, kinds):
-                handles.append(module.register_forward_hook(record(name), with_kwargs=True))
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(hook(name), with_kwargs=True))
         with torch.no_grad():
             run(model.eval(), example_input)
     finally:
@@ -81,6 +72,32 @@ def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
+    """Calls of every convolution, linear and low-rank layer of ``model`` in evaluation mode; the model is not
+    changed."""
+    calls: dict[str, LayerCalls] = {}
+    kinds = (_ConvNd, nn.Linear, _LowRank, *transposed_linear_types())
+
+    def count(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        entry = calls.setdefault(name, LayerCalls())
+        if isinstance(layer, _ConvNd | _LowRankConvNd):
+            axes = len(layer.kernel_size)
+            batch = math.prod(output.shape[: -axes - 1])
+            out = batch * math.prod(output.shape[-axes:])
+            width = x.shape[-1]
+            if layer.padding_mode != "zeros":  # padded ahead of both convolutions
+                pad = layer._pad if isinstance(layer, _LowRank) else layer._reversed_padding_repeated_twice
+                width += sum(pad[:2])
+            between = batch * output.shape[-2] * width if axes == 2 else out
+        else:
+            out = between = math.prod(output.shape[:-1])
+        entry.positions.append((out, between))
+        entry.dense += _macs(layer, out, between, x)
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    watch(model, example_input, layers, count)
     return calls
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import backend
 from .layers import _LowRank
 from .low_rank_conv import METHODS
-from .macs import run
+from .macs import watch
 from .report import Table
 
 _METHODS = tuple(method for method in METHODS if method != "auto")
@@ -65,28 +65,13 @@ def tune(model: nn.Module, example_input: Any, *, budget: float = 0.2, verbose: 
 def _calls(model: nn.Module, example_input: Any) -> dict[str, list[Tensor]]:
     """An input of every size that each low-rank layer gets, by the layer's name."""
     calls: dict[str, list[Tensor]] = {}
-    handles = []
-    modes = {module: module.training for module in model.modules()}
 
-    def record(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            if all(x.shape != known.shape for known in calls.setdefault(name, [])):
-                calls[name].append(x.clone())
+    def keep(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        if all(x.shape != known.shape for known in calls.setdefault(name, [])):
+            calls[name].append(x.clone())
 
-        return hook
-
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, _LowRank):
-                handles.append(module.register_forward_pre_hook(record(name), with_kwargs=True))
-        with torch.no_grad():
-            run(model.eval(), example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LowRank)}
+    watch(model, example_input, layers, keep)
     return calls
 
 

@@ -56,6 +56,16 @@ def fixed_seeds_and_threads() -> Iterator[None]:
 
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def benchmarks_on_path() -> Iterator[None]:
+    """``benchmarks/`` is no package: its modules import each other by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield
+
+
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
 
 

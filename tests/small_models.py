@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from smoothk import LowRankLinear
+from smoothk.recipes import models
 
 
 class Residual(nn.Module):
@@ -121,3 +122,20 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "tied": (tied, "tied", (2, 12)),
     "low rank": (lambda: LowRankLinear(12, 12, 2), "low-rank already", (2, 12)),
 }
+
+
+def residual_network(width: float = 0.25, arch: str = "digits_net") -> nn.Module:
+    """A small residual network whose batch norms have statistics, scales and shifts of their own, as after training."""
+    torch.manual_seed(0)
+    model = models.build(arch, num_classes=10, in_channels=1, width=width)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def parameters(model: nn.Module) -> int:
+    """How many ``model`` has."""
+    return sum(p.numel() for p in model.parameters())

@@ -6,27 +6,12 @@ import copy
 
 import pytest
 import torch
+from small_models import parameters, residual_network
 from torch import nn
 
 from smoothk import LowRankConv2d
-from smoothk.recipes import methods, models
+from smoothk.recipes import methods
 from smoothk.recipes.baselines import balf, channels, folding, pruning, trp
-
-
-def network(width: float = 0.25, arch: str = "digits_net") -> nn.Module:
-    """A small residual network whose batch norms have statistics, scales and shifts of their own."""
-    torch.manual_seed(0)
-    model = models.build(arch, num_classes=10, in_channels=1, width=width)
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-        nn.init.uniform_(norm.weight, 0.5, 2)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-    return model.eval()
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def batches() -> list[torch.Tensor]:
@@ -39,7 +24,7 @@ def all_groups(model: nn.Module) -> list[channels.Channels]:
 
 
 def test_every_channel_is_written_and_read_once() -> None:
-    model = network()
+    model = residual_network()
     groups = all_groups(model)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert sorted(id(c) for g in groups for c, _ in g.writers) == sorted(map(id, convolutions))
@@ -50,19 +35,19 @@ def test_every_channel_is_written_and_read_once() -> None:
 @pytest.mark.parametrize("keep", [0.7, 0.3, 0.15])
 @pytest.mark.parametrize("stream", [False, True])
 def test_counts_are_those_of_the_network(keep: float, stream: bool) -> None:
-    model = network()
+    model = residual_network()
     groups = all_groups(model) if stream else channels.inner_channels(model)
     counts = channels.uniform_counts(model, groups, keep)
     predicted = channels._parameters(model, groups, counts)
     for group, count in zip(groups, counts, strict=True):
         channels.select(group, torch.arange(count))
-    assert parameters(model) == predicted <= keep * parameters(network())
+    assert parameters(model) == predicted <= keep * parameters(residual_network())
     assert model(batches()[0]).shape == (24, 10)
 
 
 def duplicated() -> tuple[nn.Module, nn.Module]:
     """A network, and one of twice its channels that computes the same: every channel is there twice."""
-    small, large = network(0.25), network(0.5)
+    small, large = residual_network(0.25), residual_network(0.5)
     twice = lambda t: t.repeat_interleave(2, 0)  # noqa: E731
     state = {}
     for name, value in small.state_dict().items():
@@ -95,7 +80,7 @@ def test_folding_merges_equal_channels_without_loss() -> None:
 
 
 def test_folding_keeps_every_channel_at_full_size() -> None:
-    model, x = network(), batches()[0]
+    model, x = residual_network(), batches()[0]
     torch.testing.assert_close(folding.fold(model, 1.0)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -126,9 +111,9 @@ def test_clusters_are_all_in_use_and_the_obvious_ones() -> None:
 
 def test_folding_needs_projections() -> None:
     with pytest.raises(ValueError, match="ResNet with projection shortcuts, got ResNet"):
-        folding.fold(network(1.0, "resnet20"), 0.5)
+        folding.fold(residual_network(1.0, "resnet20"), 0.5)
     with pytest.raises(ValueError, match="must be at least"):
-        folding.fold(network(), 0.001)
+        folding.fold(residual_network(), 0.001)
 
 
 def layer_error(dense: nn.Conv2d, small: nn.Conv2d | LowRankConv2d, x: torch.Tensor) -> float:
@@ -165,7 +150,7 @@ def test_a_singular_covariance_costs_nothing() -> None:
 
 
 def test_whitened_svd_fills_its_budget() -> None:
-    model = network()
+    model = residual_network()
     before = copy.deepcopy(model.state_dict())
     compress = balf.whitened_svd(model, batches(), images=40)
     for keep in (0.9, 0.5, 0.2):
@@ -176,7 +161,7 @@ def test_whitened_svd_fills_its_budget() -> None:
 
 
 def test_only_so_many_images_are_read() -> None:
-    model, seen = network(), []
+    model, seen = residual_network(), []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     balf.whitened_svd(model, batches(), images=40)
     assert seen == [24, 16]
@@ -199,7 +184,7 @@ def test_knapsack_is_the_best_there_is() -> None:
 
 
 def test_truncation_leaves_the_energy_asked_for() -> None:
-    model = network()
+    model = residual_network()
     fc = model.fc.weight.detach().clone()
     dense = [m.weight.detach().flatten(1).double() for m in model.modules() if isinstance(m, nn.Conv2d)]
     trp.truncate(model, 0.7)
@@ -215,13 +200,13 @@ def test_truncation_leaves_the_energy_asked_for() -> None:
 def test_lamp_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
     with pytest.raises(ImportError, match="needs Torch-Pruning: pip install torch-pruning"):
-        pruning.prune_lamp(network(), batches()[0][:1])
+        pruning.prune_lamp(residual_network(), batches()[0][:1])
 
 
 @pytest.mark.slow
 def test_lamp_meets_the_budget() -> None:
     pytest.importorskip("torch_pruning")
-    model = network()
+    model = residual_network()
     x = batches()[0]
     expected = model(x)
     compress = pruning.prune_lamp(model, x[:1])

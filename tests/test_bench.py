@@ -8,9 +8,8 @@ import math
 import mmap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,15 +23,8 @@ CPU = torch.device("cpu")
 needs_the_fused_side = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason="there is no fused side")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
+module = importlib.import_module
 
 
 def bench(*arguments: str) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,15 +25,8 @@ CPU = torch.device("cpu")
 TENSORLY = "tensorly-torch, Tucker"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
+module = importlib.import_module
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,15 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
+module = importlib.import_module
 
 
 def script(text: str, name: str = "only", seconds: float = 60, **options: Any) -> Any:

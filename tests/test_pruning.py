@@ -6,27 +6,16 @@ import copy
 
 import pytest
 import torch
+from small_models import parameters, residual_network
 from torch import nn
 
-from smoothk.recipes import models
 from smoothk.recipes.baselines import pruning
 from smoothk.recipes.models import BasicBlock
 
 
 @pytest.fixture
 def network() -> nn.Module:
-    """A small residual network whose batch norms have statistics, scales and shifts of their own."""
-    model = models.build("digits_net", num_classes=10, in_channels=1, width=0.25)
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-        nn.init.uniform_(norm.weight, 0.5, 2)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-    return model.eval()
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return residual_network()
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.3, 0.1])
