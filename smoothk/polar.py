@@ -157,7 +157,9 @@ def _eigenvectors(w: Tensor, cut: float, noise: float) -> tuple[Tensor, Tensor, 
         cut: the threshold, or 0 for that of `_threshold`.
         noise: bound on the error of the singular values that comes with ``w``.
     """
-    for dtype in (torch.float32, torch.float64) if not cut or len(w) > 128 else (torch.float64,):
+    # Of many rows that were rounded before: float64 costs as much as a new start, and seldom settles what float32 left.
+    dtypes = (torch.float32, torch.float64) if not cut else (torch.float32,) if len(w) > 128 else (torch.float64,)
+    for dtype in dtypes:
         squares, u = torch.linalg.eigh(_gram(w.to(dtype)))
         s = squares.double().clamp_min(0).sqrt()
         largest = s[-1].item()

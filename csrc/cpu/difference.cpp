@@ -8,13 +8,20 @@
 #include <cmath>
 
 #include "difference_kernel.h"
+#include "instruction_set.h"
 
 namespace smoothk::cpu {
 namespace {
 
+const DifferenceKernels& kernels = SMOOTHK_BEST(kDifference);
+template <class T>
+const DifferenceLoops<T>& loops() {
+  return kernels;
+}
+
 // Entries. They depend on nothing but shapes, and so does the order of all sums.
 constexpr int64_t kTile = 65536;
-constexpr int64_t kChunk = 1024;  // of a row: a block of them, its neighbours and its gradient stay in L1
+constexpr int64_t kChunk = 512;  // of a row: a block of them, its neighbours and its gradient stay in L1
 
 constexpr int64_t kCached = 8 << 20;  // bytes of weights that a second pass may still find in cache
 constexpr int64_t kShortSpan = 64, kShortPeriod = 1024;
@@ -125,13 +132,13 @@ class Tile {
         out[r] = weight_.narrow_grad + at;
       } else {
         out[r] = wide + r * kChunk;
-        widen(weight_.narrow_grad + at, wide + r * kChunk, count);
+        loops<T>().widen(weight_.narrow_grad + at, wide + r * kChunk, count);
       }
     }
     for (size_t a = 0; a < weight_.axes.size(); ++a) {
       const Axis<T>& axis = weight_.axes[a];
       if (rows > 1 && &axis == weight_.block_axis()) {
-        along_block(axis, q, offset, out, !widened && weight_.narrow_grad, count);
+        along_block(axis, q, offset, out[0], widened ? kChunk : stride, !widened && weight_.narrow_grad, count);
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -141,11 +148,11 @@ class Tile {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = offset + r * stride;
-      if (!gradient_ && options_.normalized) partial_.squares += sum_of_squares(weight_.data + at, count);
+      if (!gradient_ && options_.normalized) partial_.squares += loops<T>().sum_of_squares(weight_.data + at, count);
       if (gradient_ && weight_.decay != 0) {
-        add_scaled(static_cast<C*>(out[r]), weight_.decay, weight_.data + at, count);
+        loops<T>().add_scaled(static_cast<C*>(out[r]), weight_.decay, weight_.data + at, count);
       }
-      if (widened) narrow(wide + r * kChunk, weight_.narrow_grad + at, count);
+      if (widened) loops<T>().narrow(wide + r * kChunk, weight_.narrow_grad + at, count);
     }
   }
 
@@ -166,13 +173,16 @@ class Tile {
     }
   }
 
-  void along_block(const Axis<T>& axis, int64_t q, int64_t offset, void* const* out, bool narrow, int64_t count) {
+  void along_block(const Axis<T>& axis, int64_t q, int64_t offset, void* out, int64_t out_pitch, bool narrow,
+                   int64_t count) {
     Stencil<T> stencil{};
-    for (int64_t r = 0; r < kBlock + 4; ++r) stencil.row[r] = weight_.data + offset + (r - 2) * axis.stride;
-    std::copy_n(out, kBlock, stencil.out);
+    stencil.row[2] = weight_.data + offset;
+    stencil.pitch = axis.stride;
+    stencil.out = out;
+    stencil.out_pitch = out_pitch;
     stencil.narrow = narrow;
     set_differences(stencil, axis, q / axis.span % axis.length, kBlock);
-    sweep(options_.norm, options_.orders, Kind::kBlock, stencil, count, partial_.value.data());
+    loops<T>().sweep(options_.norm, options_.orders, Kind::kBlock, stencil, count, partial_.value.data());
   }
 
   // By runs of entries that lie in the same differences, or in all there can be.
@@ -190,10 +200,11 @@ class Tile {
         const bool exists = -before <= k && k <= after;  // the place of a missing one is taken by any other
         stencil.row[2 + k] = weight_.data + offset + (exists ? k * axis.stride : 0);
       }
-      stencil.out[0] = out;
+      stencil.out = out;
       set_differences(stencil, axis, i, 1);
       PerOrder sums{};
-      sweep(options_.norm, options_.orders, inside ? Kind::kInside : Kind::kMasked, stencil, length, sums.data());
+      loops<T>().sweep(options_.norm, options_.orders, inside ? Kind::kInside : Kind::kMasked, stencil, length,
+                       sums.data());
       for (int order = 0; order < 2; ++order) {
         double& sum =
             grouped() ? partial_.groups[a][order][(row - begin_ / axis.span) % axis.length] : partial_.value[order];
@@ -217,7 +228,7 @@ class Tile {
     }
     Stencil<T> stencil{};
     for (int64_t k = -2; k <= 2; ++k) stencil.row[2 + k] = w + k * axis.span;
-    stencil.out[0] = out;
+    stencil.out = out;
     for (int64_t order = 1; order <= 2; ++order) {
       if (!options_.has(order)) continue;
       for (int64_t k = 0; k <= order; ++k) {
@@ -226,8 +237,8 @@ class Tile {
       }
       if (grouped()) stencil.squares[order - 1] = squares_[a][order - 1].data() + (q - begin_) % axis.period();
     }
-    sweep(options_.norm, options_.orders, grouped() ? Kind::kGrouped : Kind::kMasked, stencil, count,
-          partial_.value.data());
+    loops<T>().sweep(options_.norm, options_.orders, grouped() ? Kind::kGrouped : Kind::kMasked, stencil, count,
+                     partial_.value.data());
   }
 
   void reserve_groups() {
@@ -341,10 +352,13 @@ class Evaluation {
     std::vector<Range> tiles;
     int64_t total = 0;
     for (Weight<T>& weight : weights_) {
-      const int64_t block = weight.block < 0 ? 1 : kBlock * weight.axes[weight.block].span;
+      const int64_t span = weight.block < 0 ? 0 : weight.axes[weight.block].span,
+                    block = std::max(kBlock * span, int64_t{1});
       const int64_t size = block > 4 * kTile ? kTile : std::max(kTile / block, int64_t{1}) * block;
-      for (int64_t begin = 0; begin < weight.size; begin += size) {
-        tiles.push_back({&weight, begin, std::min(weight.size, begin + size), total + begin, {}});
+      int64_t end = size % block == 0 ? options_.reach() * span : 0;  // the first rows are in no block
+      for (int64_t begin = 0; begin < weight.size; begin = end) {
+        end = std::min(weight.size, end + size);
+        tiles.push_back({&weight, begin, end, total + begin, {}});
       }
       total += weight.size;
     }
@@ -423,6 +437,17 @@ PerOrder evaluate(const DifferenceOptions& options, const std::vector<Difference
 }
 
 }  // namespace
+
+const char* simd() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr const char* names[] = {"", "x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"};
+  return names[x86_64_level()];
+#elif defined(__aarch64__)
+  return "neon";
+#else
+  return "baseline";
+#endif
+}
 
 PerOrder difference(const DifferenceOptions& options, const std::vector<DifferenceTensor>& tensors,
                     const ParallelFor& parallel_for) {

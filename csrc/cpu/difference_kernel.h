@@ -1,4 +1,4 @@
-// The vector loops of the difference penalty, compiled for several instruction sets.
+// The vector loops of the difference penalty. Their source is compiled once per instruction set (instruction_set.h).
 #pragma once
 
 #include <cstdint>
@@ -8,20 +8,22 @@
 
 namespace smoothk::cpu {
 
-constexpr int kBlock = 4;  // rows that a block has
+constexpr int kBlock = 8;  // rows that a block has
 
 // Neighbouring rows along an axis. Row i lies in the first differences i-1 and i and in the second differences i-2, i-1
 // and i, where difference m starts at row m.
 template <class T>
 struct Stencil {
   using C = Compute<T>;
-  const T* row[kBlock + 4];  // two before the rows whose gradient is wanted, these, two after
-  C factor[2][kBlock + 2];   // by order, of the slopes of all differences in which they lie
-  const C* mask[2][3];       // unless kInside or kBlock: by order, one more factor of each difference and entry, which
-                             // does not exist where it is negative
-  void* out[kBlock];         // gradients; null: value only
-  bool narrow;               // these are of T, otherwise of C
-  C* squares[2];             // kGrouped: by order, where to add the squares of the difference that starts in the row
+  const T* row[5];          // two before the (first) row whose gradient is wanted, it, two after
+  int64_t pitch;            // kBlock: from row to row
+  C factor[2][kBlock + 2];  // by order, of the slopes of all differences in which they lie
+  const C* mask[2][3];      // unless kInside or kBlock: by order, one more factor of each difference and entry,
+                            // which does not exist where it is negative
+  void* out;                // gradients; null: value only
+  int64_t out_pitch;        // kBlock: from row to row; `pitch` unless T is narrower than C
+  bool narrow;              // they are of T, otherwise of C
+  C* squares[2];            // kGrouped: by order, where to add the squares of the difference that starts in the row
 };
 
 enum class Kind {
@@ -31,22 +33,32 @@ enum class Kind {
   kGrouped,  // one row, value of kL21
 };
 
-// Adds the gradient of `count` entries of every row to out, and the sum of phi(d) over the differences that start there
-// to sums[order - 1]. `orders` as in DifferenceOptions. The slope of kL2 and kL21 is d: the factors know the rest.
 template <class T>
-void sweep(Norm norm, int64_t orders, Kind kind, const Stencil<T>& stencil, int64_t count, double* sums);
+struct DifferenceLoops {
+  // Adds the gradient of `count` entries of every row to out, and the sum of phi(d) over the differences that start
+  // there to sums[order - 1]. `orders` as in DifferenceOptions. The slope of kL2 and kL21 is d: the factors know the
+  // rest.
+  void (*sweep)(Norm norm, int64_t orders, Kind kind, const Stencil<T>& stencil, int64_t count, double* sums);
+  double (*sum_of_squares)(const T* x, int64_t count);
+  // y += a * x
+  void (*add_scaled)(Compute<T>* y, double a, const T* x, int64_t count);
+  void (*widen)(const T* from, Compute<T>* to, int64_t count);
+  void (*narrow)(const Compute<T>* from, T* to, int64_t count);
+};
 
-template <class T>
-double sum_of_squares(const T* x, int64_t count);
+struct DifferenceKernels : DifferenceLoops<float>,
+                           DifferenceLoops<double>,
+                           DifferenceLoops<BFloat16>,
+                           DifferenceLoops<Float16> {};
 
-// y += a * x
-template <class T>
-void add_scaled(Compute<T>* y, double a, const T* x, int64_t count);
-
-template <class T>
-void widen(const T* from, Compute<T>* to, int64_t count);
-
-template <class T>
-void narrow(const Compute<T>* from, T* to, int64_t count);
+namespace baseline {
+extern const DifferenceKernels kDifference;
+}
+namespace x86_64_v3 {
+extern const DifferenceKernels kDifference;
+}
+namespace x86_64_v4 {
+extern const DifferenceKernels kDifference;
+}
 
 }  // namespace smoothk::cpu

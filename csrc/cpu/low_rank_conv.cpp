@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "dtypes.h"
+#include "instruction_set.h"
 #include "low_rank_conv_kernel.h"
 #include "low_rank_conv_pack.h"
 #include "scratch.h"
@@ -31,15 +32,7 @@ const void* advance(const void* p, Dtype dtype, int64_t count) {
 }
 void* advance(void* p, Dtype dtype, int64_t count) { return static_cast<char*>(p) + count * size_of(dtype); }
 
-const LowRankConvKernels& choose_kernels() {
-#if defined(__x86_64__) && defined(__linux__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return x86_64_v4::kLowRankConv;
-  if (__builtin_cpu_supports("x86-64-v3")) return x86_64_v3::kLowRankConv;
-#endif
-  return baseline::kLowRankConv;
-}
-const LowRankConvKernels& kernels = choose_kernels();
+const LowRankConvKernels& kernels = SMOOTHK_BEST(kLowRankConv);
 
 thread_local Scratch shared_scratch;  // of the thread that calls, for all
 thread_local Scratch own_scratch;

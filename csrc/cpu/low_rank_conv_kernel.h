@@ -1,5 +1,4 @@
-// The vector loops of the low-rank convolution. Their source is compiled once per instruction set, each time into a
-// namespace of its own: no inline function may be shared between the copies, or the linker could pick the wrong one.
+// The vector loops of the low-rank convolution. Their source is compiled once per instruction set (instruction_set.h).
 #pragma once
 
 #include <cstdint>
