@@ -65,7 +65,7 @@ def triton_device() -> str:
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo: torch.compile must not trace
 # the loading of an extension.
-unavailable_reason._dynamo_marked_constant = triton_device._dynamo_marked_constant = True
+vars(unavailable_reason)["_dynamo_marked_constant"] = vars(triton_device)["_dynamo_marked_constant"] = True
 
 
 def choose(op: str, backend: str | None, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor] = ()) -> str:

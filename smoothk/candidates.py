@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -54,7 +54,8 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
         return "low-rank already"
     if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "weight"):
         return "quantised"
-    kind = next((kind for kind in (*_DENSE_TYPES, *transposed_linear_types()) if isinstance(module, kind)), None)
+    kinds: tuple[type[nn.Module], ...] = (*_DENSE_TYPES, *transposed_linear_types())
+    kind = next((kind for kind in kinds if isinstance(module, kind)), None)
     if kind is None:
         return ""
     if parametrize.is_parametrized(module):
@@ -64,7 +65,7 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
     if vars(module).keys() & {"forward", "_conv_forward"}:
         return "its forward is patched"
     if type(module).forward is not kind.forward or (
-        issubclass(kind, _ConvNd) and type(module)._conv_forward is not kind._conv_forward
+        isinstance(module, _ConvNd) and type(module)._conv_forward is not getattr(kind, "_conv_forward", None)
     ):
         return f"{type(module).__name__} has a forward of its own"
     weight = module._parameters.get("weight")
@@ -76,7 +77,7 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
         return "its weight is tied to another module's"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if issubclass(kind, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
+    if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
         return "depthwise"
     if weight.numel() == 0:
         return "its weight is empty"
@@ -86,7 +87,7 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
 def check_trained(model: nn.Module) -> None:
     """Raise ValueError that names the first parameter or batch-norm statistic with NaN or Inf, as a run that diverged
     leaves them; other buffers may hold Inf (attention masks do)."""
-    named = list(model.named_parameters())
+    named: list[tuple[str, Tensor]] = list(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             named += [(f"{name}.{key}" if name else key, buffer) for key, buffer in module.named_buffers(recurse=False)]

@@ -91,7 +91,9 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
         small = replace_layers(dense, {n: empty_low_rank_layer(m, plan.layers[n]) for n, m in layers.items()})
         _assign(small, tensors)
         for name, method in methods.items():
-            small.get_submodule(name).method = method
+            layer = small.get_submodule(name)
+            assert isinstance(layer, _LowRank)  # `read` has seen to it
+            layer.method = method
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from None
     return small

@@ -117,14 +117,15 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         elif item.name in CHOICES:
             options["choices"] = CHOICES[item.name]
         else:
-            options["type"] = {"int": int, "float": float}.get(item.type, str)
-            options["metavar"] = item.type.partition(" ")[0].upper()
+            kind = str(item.type)
+            options["type"] = {"int": int, "float": float}.get(kind, str)
+            options["metavar"] = kind.partition(" ")[0].upper()
         parser.add_argument(f"--{item.name.replace('_', '-')}", **options)
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
     """What the "Attributes" section of a class's docstring says of each name."""
-    section = inspect.getdoc(cls).partition("Attributes:\n")[2]
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
     docs = {}
     for names, text in re.findall(r"^    (\w[\w, ]*): (.+(?:\n        .+)*)", section, re.MULTILINE):
         docs.update(dict.fromkeys(names.split(", "), " ".join(text.split())))

@@ -126,6 +126,7 @@ def run_evaluate(args: argparse.Namespace) -> Output:
     if args.model is not None and args.data is None:
         raise UsageError("--model needs --data: the images to measure it with")
     source = _source(args, with_data=True)
+    assert source.dataset is not None  # of a run, or of --data
     accuracy, parameters = measure(source.model, source.dataset, source.config), count_parameters(source.model)
     images = len(source.dataset.test_labels)
     payload = {"accuracy": accuracy, "images": images, "data": source.config.data, "parameters": parameters}
@@ -183,16 +184,17 @@ def _compress_once(
     if args.dry_run:
         return payload, lines[0]
     small = smoothk.factorize(source.model, plan)
-    measured = source.dataset is not None and not args.no_evaluate
+    measured = None if args.no_evaluate else source.dataset
 
     def note(name: str, label: str, model: nn.Module) -> None:
-        if measured:
-            payload[name] = measure(model, source.dataset, source.config)
+        if measured is not None:
+            payload[name] = measure(model, measured, source.config)
             lines.append(f"{label:<28}{payload[name]:6.2f} %")
 
     note("dense_accuracy", "dense", source.model)
     note("accuracy", "compressed, data-free", small)
     if args.calibrate > 0:
+        assert source.dataset is not None  # `run_compress` has seen to it
         smoothk.recalibrate_batch_norm(small, data.calibration_batches(source.dataset, args.calibrate, seed=args.seed))
         note("accuracy_recalibrated", "batch norm recalibrated", small)
     if args.output is not None:

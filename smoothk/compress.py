@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +85,16 @@ def low_rank_layer(layer: Conv | nn.Linear, plan: LayerPlan, name: str) -> _LowR
 
 def empty_low_rank_layer(layer: Conv | nn.Linear, plan: LayerPlan) -> _LowRank:
     """A layer of the plan's rank in ``layer``'s place, its values not set."""
-    kind = LowRankLinear if isinstance(layer, nn.Linear) else _FACTORIZED[len(layer.kernel_size)]
-    new = kind._like(layer, plan.rank, plan.scheme)
+    new: _LowRank
+    if isinstance(layer, nn.Linear):
+        new = LowRankLinear._like(layer, plan.rank, plan.scheme)
+    else:
+        new = _FACTORIZED[len(layer.kernel_size)]._like(layer, plan.rank, plan.scheme)
     new._adopt_flags(layer)
     return new
 
 
-def replace_layers(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+def replace_layers(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """Put ``replacements`` in ``model``, in place, wherever the named modules occur; returns the model."""
     old = {id(model.get_submodule(name)): new for name, new in replacements.items()}
     if id(model) in old:
@@ -166,11 +169,11 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-    totals = {norm: [0.0, 0.0] for norm in norms}
+    totals: dict[_BatchNorm, list[Tensor | float]] = {norm: [0.0, 0.0] for norm in norms}
     undo, handles = list(norms), []
 
     def add_statistics(norm: _BatchNorm, *_: Any) -> None:
-        for i, buffer in enumerate((norm.running_mean, norm.running_var)):
+        for i, buffer in enumerate(_statistics(norm)[:2]):
             # A mean in half precision would stop moving after some tens of batches.
             totals[norm][i] += buffer.to(torch.promote_types(buffer.dtype, torch.float32))
 
@@ -189,9 +192,10 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         if not count:
             raise ValueError("batches must hold at least one batch, got none")
         for norm in norms:
-            if norm.num_batches_tracked > 0:
-                for buffer, total in zip((norm.running_mean, norm.running_var), totals[norm], strict=True):
-                    buffer.copy_(total / norm.num_batches_tracked)
+            *buffers, tracked = _statistics(norm)
+            if tracked > 0:
+                for buffer, total in zip(buffers, totals[norm], strict=True):
+                    buffer.copy_(total / tracked)
         undo = [norm for norm in norms if norm.num_batches_tracked == 0]
     finally:
         for handle in handles:
@@ -204,3 +208,10 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         for module, mode in modes.items():
             module.training = mode
     return model
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean and variance, and the number of batches that they are of, of a norm that has them."""
+    mean, variance, tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None and variance is not None and tracked is not None
+    return mean, variance, tracked

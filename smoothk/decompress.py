@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .compress import deep_copy, replace_layers
-from .layers import LowRankLinear, _LowRank
+from .layers import Conv, LowRankLinear, _LowRank, _LowRankConvNd
 from .reference import merged_weight
 
 
@@ -21,10 +21,12 @@ class FactorPair(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The dense weight, the product of the factors; of quantised ones, what they stand for."""
-        v, u = (_value(layer.weight) for layer in self)
+        first: Any = self[0]
+        second: Any = self[1]
+        v, u = _value(first.weight), _value(second.weight)
         if v.dim() == 2:
             return u @ v
-        return merged_weight(v, u, self[1].groups, "spatial" if u.dim() == 4 and u.shape[3] > 1 else "channel")
+        return merged_weight(v, u, second.groups, "spatial" if u.dim() == 4 and u.shape[3] > 1 else "channel")
 
     @property
     def bias(self) -> Tensor | None:
@@ -32,8 +34,8 @@ class FactorPair(nn.Sequential):
         return _value(self[1].bias)
 
 
-def _value(weight: Tensor | Callable[[], Tensor] | None) -> Tensor | None:
-    """A parameter, which quantised layers of torch give by a method."""
+def _value(weight: Any) -> Any:
+    """A parameter, if there is one, which quantised layers of torch give by a method."""
     value = weight() if callable(weight) and not isinstance(weight, Tensor) else weight
     return value.dequantize() if value is not None and value.is_quantized else value
 
@@ -54,15 +56,16 @@ def decompress(model: nn.Module) -> nn.Module:
         ValueError: a low-rank layer is parametrised or has hooks, which the dense layer would lose; it is named.
     """
     copied = _copy(model)
-    layers = {name: module for name, module in copied.named_modules() if isinstance(module, _LowRank)}
+    kinds = LowRankLinear | _LowRankConvNd
+    layers = {name: module for name, module in copied.named_modules() if isinstance(module, kinds)}
     dense: dict[str, nn.Module] = {}
     weights: dict[tuple, nn.Parameter] = {}
     for name, layer in layers.items():
-        new = layer.to_linear() if isinstance(layer, LowRankLinear) else layer.to_conv()
-        new.bias = layer.bias
+        new: Conv | nn.Linear = layer.to_linear() if isinstance(layer, LowRankLinear) else layer.to_conv()
+        new.register_parameter("bias", layer.bias)
         # Layers that share both factors have the same product and go on to share it.
         key = id(layer.v), id(layer.u), getattr(layer, "groups", 1), tuple(layer.weight_shape)
-        new.weight = weights.setdefault(key, new.weight)
+        new.weight = weights.setdefault(key, new.get_parameter("weight"))
         dense[name] = new
     return replace_layers(copied, dense)
 
@@ -79,7 +82,8 @@ def to_sequential(model: nn.Module) -> nn.Module:
     for name, layer in copied.named_modules():
         if isinstance(layer, _LowRank):
             pair = FactorPair(*layer.to_sequential())
-            pair[0].weight, pair[1].weight, pair[1].bias = layer.v, layer.u, layer.bias
+            pair[0].weight, pair[1].weight = layer.v, layer.u
+            pair[1].register_parameter("bias", layer.bias)
             pairs[name] = pair.train(layer.training)
     return replace_layers(copied, pairs)
 

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import functional
 from .halo import Cut, Strip, copy_strip, exchange
-from .reference import axes_of
+from .reference import axes_of, total_of
 
 # torch.compile runs these calls as they are, between its graphs.
 _not_compiled = torch.compiler.disable(reason="smoothk's penalties of DTensors communicate")
@@ -54,11 +53,11 @@ def _all_reduce(values: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
 
 class _SumOverShards(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, value: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    def forward(ctx: Any, value: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
         return _all_reduce(value.clone(), groups)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None  # not summed: the same loss is on every rank
 
 
@@ -87,7 +86,7 @@ class _Exchanged:
             (shard, Cut(axis, weight.shape[axis], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)))
             for weight, shard in zip(weights, self.shards, strict=True)
             for axis in axes_of(weight, self.dim, min(self.orders))
-            if axis == weight.placements[mesh_dim].dim
+            if weight.placements[mesh_dim].is_shard(axis)
         ]
         if not cuts:  # then no rank has any: shapes decide
             return
@@ -143,7 +142,7 @@ class _Exchanged:
         ``coefficients``.
         """
         terms = self._run([shard.local for shard in shards], grads, self.orders, coefficients, self.dim).double()
-        targets = [None] * len(shards) if grads is None else grads
+        targets: Sequence[Tensor | None] = [None] * len(shards) if grads is None else grads
         strips = [(strip, to) for shard, to in zip(shards, targets, strict=True) for strip in shard.strips]
         for kind in sorted({strip.kind for strip, _ in strips}):
             chosen, into = zip(*(pair for pair in strips if pair[0].kind == kind), strict=True)
@@ -164,7 +163,7 @@ class _Exchanged:
             rows = [strip.of_order(order, strip.rows) for strip in strips]
             into = grads and [strip.of_order(order, grad) for strip, grad in zip(strips, grads, strict=True)]
             terms.append(self._run(rows, into, [order], coefficients[k : k + 1], (strips[0].cut.axis,)))
-        if grads is not None:
+        if grads is not None and targets is not None:
             own = [s.own(grad, to) for s, grad, to in zip(strips, grads, targets, strict=True)]
             torch._foreach_add_(*map(list, zip(*own, strict=True)))
         return torch.cat(terms)
@@ -216,13 +215,13 @@ class _Terms(torch.autograd.Function):
     """The terms of ``part``, whose gradient by its weights' local tensors is that of the whole weights' terms."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, part: _Exchanged | _Gathered, *local: Tensor) -> Tensor:
+    def forward(ctx: Any, part: _Exchanged | _Gathered, *local: Tensor) -> Tensor:
         ctx.part = part
         ctx.save_for_backward(*local)
         return part.terms()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_TermsBackward.apply(ctx.part, ctx.needs_input_grad[1:], grad, *ctx.saved_tensors)
 
 
@@ -231,14 +230,14 @@ class _TermsBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, part: _Exchanged | _Gathered, needed: Sequence[bool], grad: Tensor, *local: Tensor
+        ctx: Any, part: _Exchanged | _Gathered, needed: Sequence[bool], grad: Tensor, *local: Tensor
     ) -> tuple[Tensor | None, ...]:
         grads = [torch.zeros_like(weight) for weight in local]
         part.add_gradient(grads, grad.double())
         return tuple(g if needs else None for g, needs in zip(grads, needed, strict=True))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError("the penalty of sharded weights (DTensor) has no second derivative")
 
 
@@ -275,7 +274,9 @@ def _parts(
             whole.append(i)
         else:
             by_cut[weight.device_mesh, tuple(mesh_dim for mesh_dim, _ in _sharding(weight))].append(i)
-    parts = [(indices, _Exchanged([weights[i] for i in indices], orders, **options)) for indices in by_cut.values()]
+    parts: list[tuple[list[int], _Exchanged | _Gathered]] = [
+        (indices, _Exchanged([weights[i] for i in indices], orders, **options)) for indices in by_cut.values()
+    ]
     if whole:
         gathered = [weights[i] for i in whole]
         parts.append(
@@ -300,7 +301,7 @@ def _wants_gradient(weights: Sequence[Tensor]) -> bool:
 def difference_terms(weights: Sequence[DTensor], orders: Sequence[int], **options: Any) -> Tensor:
     """`smoothk.functional.difference_terms` of DTensors of one device and dtype."""
     parts = _parts(weights, orders, _wants_gradient(weights), **options)
-    return sum(_apply(part, [weights[i] for i in indices]) for indices, part in parts)
+    return total_of(_apply(part, [weights[i] for i in indices]) for indices, part in parts)
 
 
 @_not_compiled
@@ -315,9 +316,8 @@ def accumulate_difference_penalty(
     """
     pairs = list(zip(weights, grads, strict=True))
     local = [g.to_local() if _placed_alike(w, g) else torch.zeros_like(w.to_local(), dtype=g.dtype) for w, g in pairs]
-    terms = 0
-    for indices, part in _parts(weights, orders, True, **options):
-        terms = terms + part.accumulate([local[i] for i in indices], coefficients)
+    parts = _parts(weights, orders, True, **options)
+    terms = total_of(part.accumulate([local[i] for i in indices], coefficients) for indices, part in parts)
     for (weight, grad), own in zip(pairs, local, strict=True):
         if not _placed_alike(weight, grad):
             _add_redistributed(grad, weight, own)
@@ -349,6 +349,10 @@ def polar_factor(
     weight: DTensor, evaluate: Callable[[list[Tensor]], list[tuple[Tensor, Tensor]]]
 ) -> tuple[Tensor, DTensor]:
     """`smoothk.functional.polar_factors`, which is ``evaluate``, of one DTensor, gathered for it."""
-    ((value, factor),) = evaluate([weight.detach().full_tensor()])
-    layout = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
-    return value, DTensor.from_local(_own_shard(factor, weight), weight.device_mesh, weight.placements, **layout)
+    with torch.no_grad():
+        whole = weight.full_tensor().detach()
+    ((value, factor),) = evaluate([whole])
+    own, mesh = _own_shard(factor, weight), weight.device_mesh
+    return value, DTensor.from_local(
+        own, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from . import backend as _backend
 from . import ops, polar, reference
 from .unfolding import check_unfolding
+
+if TYPE_CHECKING:  # slow to import
+    from torch.distributed.tensor import DTensor
 
 NORMS = ("l2", "l1", "l21", "huber")
 _NAMESPACES = {"torch": ops.TORCH, "cpp": "smoothk", "triton": "smoothk_triton"}  # of the operators in `smoothk.ops`
@@ -81,16 +85,18 @@ def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor], grads
     ``grads`` are those that an op is to add into, one per tensor or none; a None stands for one that will be created.
     """
     for indices in _by_kind(tensors, grads):
-        present = [local_part(grads[i]) for i in indices if grads[i] is not None] if grads else []
+        into = [grads[i] for i in indices] if grads else []
+        present = [local_part(grad) for grad in into if grad is not None]
         _backend.choose(op, backend, [local_part(tensors[i]) for i in indices], present)
-        if is_dtensor(tensors[indices[0]]):
-            from .distributed import check_placement
+        for i in indices:
+            tensor = tensors[i]
+            if is_dtensor(tensor):
+                from .distributed import check_placement
 
-            for i in indices:
-                check_placement(tensors[i], grads[i] if grads else None)
+                check_placement(tensor, grads[i] if grads else None)
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether this is a DTensor; none is where their module, slow to import, has not been."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -105,8 +111,9 @@ def _by_kind(tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> 
     """Indices of ``tensors`` in groups of one device, dtype and gradient dtype, DTensors apart from the others."""
     groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        grad = grads[i] if grads and grads[i] is not None else tensor
-        groups.setdefault((tensor.device, tensor.dtype, grad.dtype, is_dtensor(tensor)), []).append(i)
+        grad = grads[i] if grads else None
+        into = tensor.dtype if grad is None else grad.dtype
+        groups.setdefault((tensor.device, tensor.dtype, into, is_dtensor(tensor)), []).append(i)
     return list(groups.values())
 
 
@@ -241,7 +248,7 @@ def accumulate_difference_penalty(
         if chosen != "torch":
             accumulate = getattr(torch.ops, _NAMESPACES[chosen]).difference_penalty_accumulate_
             return accumulate(gs, ws, factors, orders, dim, norm, normalized, eps)
-        return sum(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
+        return reference.total_of(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
 
     def _accumulate_one(weight: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
         with torch.enable_grad():

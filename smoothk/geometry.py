@@ -77,7 +77,7 @@ class Geometry:
         """Zeros that every axis gets, both sides together."""
         if self.padding == "same":
             return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
-        return (0,) * self.axes if self.padding == "valid" else tuple(2 * p for p in self.padding)
+        return (0,) * self.axes if isinstance(self.padding, str) else tuple(2 * p for p in self.padding)
 
 
 def geometry_of(
@@ -145,7 +145,7 @@ def _check(
             raise ValueError(f"padding must be 'same', 'valid', an int or {axes} ints, got {padding!r}")
         if padding == "same" and max(strides) > 1:
             raise ValueError(f"padding 'same' needs stride 1, got stride {stride!r}")
-        paddings = padding
+        paddings: Sizes | str = padding
     else:
         paddings = _per_axis(padding, "padding", axes, 0)
     batched = (1, *input) if len(input) == axes + 1 else input

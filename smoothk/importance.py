@@ -43,7 +43,7 @@ def direction_importance(
     from .compress import deep_copy  # which imports the planner
 
     copy = deep_copy(model).requires_grad_(False)
-    weights = {name: copy.get_submodule(name).weight.requires_grad_(True) for name in layers}
+    weights = {name: copy.get_submodule(name).get_parameter("weight").requires_grad_(True) for name in layers}
     factors, sums = {}, {}
     for name, layer in layers.items():
         shape, groups = layer.weight.shape, getattr(layer, "groups", 1)

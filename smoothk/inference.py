@@ -10,11 +10,12 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .compress import deep_copy
@@ -120,32 +121,36 @@ def _fold_batch_norms(traced: fx.GraphModule, modules: dict[str, nn.Module], cal
     for node in list(traced.graph.nodes):
         norm, before = _module_of(node, modules), _only_input(node)
         layer = _module_of(before, modules)
-        if layer is None or type(norm) not in _NORMS or norm.running_mean is None or len(before.users) > 1:
+        if before is None or layer is None or len(before.users) > 1:
+            continue
+        if not isinstance(norm, _BatchNorm) or type(norm) not in _NORMS or norm.running_mean is None:
             continue
         if before.target in read or _has_hooks(layer) or _has_hooks(norm):
             continue
         folded = _folded(layer, norm) if calls[id(layer)] == calls[id(norm)] == 1 else None
         if folded is None:
             continue
-        traced.set_submodule(before.target, folded)
-        modules[before.target] = folded
+        name = _called(before)
+        traced.set_submodule(name, folded)
+        modules[name] = folded
         calls[id(folded)] = 1
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
 
 
-def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+def _folded(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
     """A copy of ``layer`` followed by ``norm`` as one layer; None where that is not known how."""
     kind, linear = type(layer), type(norm) is nn.BatchNorm1d and getattr(layer, "out_features", 0) == norm.num_features
-    if kind in _LOW_RANK_CONVS or (kind is LowRankLinear and linear):
+    if isinstance(layer, _LowRank) and (kind in _LOW_RANK_CONVS or (kind is LowRankLinear and linear)):
         return _folded_low_rank(copy.deepcopy(layer), norm)  # a part that is not traced may use it, too
-    if kind is nn.Linear and linear:
+    if type(layer) is nn.Linear and linear:
         return fuse_linear_bn_eval(layer, norm)
-    return fuse_conv_bn_eval(layer, norm) if kind in _CONVS else None
+    return fuse_conv_bn_eval(layer, norm) if isinstance(layer, _CONVS) and kind in _CONVS else None
 
 
-def _folded_low_rank(layer: _LowRank, norm: nn.Module) -> _LowRank:
+def _folded_low_rank(layer: _LowRank, norm: _BatchNorm) -> _LowRank:
     """The affine map goes into u and the bias, in float32 at least."""
+    assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         wide = torch.promote_types(layer.u.dtype, torch.float32)
         scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
@@ -169,18 +174,23 @@ def _fuse_activations(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> 
         if not _is_relu(node, modules):
             continue
         before = _only_input(node)
-        call, residual = before, None
-        if before is not None and _is_addition(before) and len(before.users) == 1:
+        if before is None:
+            continue
+        call: fx.Node | None = before
+        residual: fx.node.Argument = None
+        if _is_addition(before) and len(before.users) == 1:
             # Written in place is at most the layer's result, which nothing else sees.
             summands = before.args[: 1 if _writes(before, modules) else 2]
             call = next((a for a in summands if _can_finish(a, node, modules, before)), None)
             residual = None if call is None else before.args[before.args[0] is call]
         if not _can_finish(call, node, modules, None if residual is None else before):
             continue
+        layer = modules[_called(call)]
+        assert isinstance(layer, _LowRank)
         name = f"{call.target}_relu" if residual is None else f"{call.target}_add_relu"
         while name in modules:
             name += "_"
-        modules[name] = LowRankReLU(modules[call.target], relu=True)
+        modules[name] = LowRankReLU(layer, relu=True)
         traced.add_submodule(name, modules[name])
         with traced.graph.inserting_before(node):  # both operands of the addition are there
             arguments = (*call.args, *call.kwargs.values()) if residual is None else (_only_input(call), residual)
@@ -190,12 +200,16 @@ def _fuse_activations(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> 
             traced.graph.erase_node(dead)
 
 
-def _can_finish(call: Any, relu: fx.Node, modules: dict[str, nn.Module], addition: fx.Node | None) -> bool:
+def _can_finish(
+    call: Any, relu: fx.Node, modules: dict[str, nn.Module], addition: fx.Node | None
+) -> TypeGuard[fx.Node]:
     """Whether ``call`` is that of a low-rank layer, its result has no other use, and it could as well be made where
     ``relu`` is."""
     layer = _module_of(call, modules)
     kinds = _LOW_RANK_CONVS if addition is not None else (*_LOW_RANK_CONVS, LowRankLinear)
-    if type(layer) not in kinds or _has_hooks(layer) or len(call.users) > 1 or _only_input(call) is None:
+    if layer is None or type(layer) not in kinds or _has_hooks(layer):
+        return False
+    if len(call.users) > 1 or _only_input(call) is None:
         return False
     between = call.next
     while between is not relu:
@@ -212,7 +226,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether ``node`` may change a tensor that it gets."""
     if node.op == "call_module":
-        return any(getattr(module, "inplace", False) for module in modules[node.target].modules())
+        return any(getattr(module, "inplace", False) for module in modules[_called(node)].modules())
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -221,9 +235,14 @@ def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return named or "out" in node.kwargs or any(flag is True for flag in flags)
 
 
+def _called(node: fx.Node) -> str:
+    """The name of the module that ``node`` calls."""
+    return str(node.target)
+
+
 def _module_of(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
     """The module that ``node`` calls, if it calls one."""
-    return modules.get(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    return modules.get(_called(node)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
 
 def _only_input(node: fx.Node) -> fx.Node | None:
@@ -238,7 +257,7 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_function":
         return node.target in _RELUS
     module = _module_of(node, modules)
-    return type(module) is nn.ReLU and not _has_hooks(module)
+    return module is not None and type(module) is nn.ReLU and not _has_hooks(module)
 
 
 def _is_addition(node: fx.Node) -> bool:

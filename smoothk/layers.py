@@ -8,7 +8,8 @@ Young, 1936), with ``sqrt(σ)`` in each factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ from .svd import full_rank, parameters_per_rank, rank_for_energy, squared_singul
 from .unfolding import check_unfolding, matrix_shape
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class _Placement(TypedDict):
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 def check_rank(rank: int, shape: Sequence[int], groups: int = 1, scheme: str = "channel") -> int:
@@ -50,10 +56,10 @@ def _choose_rank(
     if energy is not None:
         return rank_for_energy(squared_singular_values(weight, groups, scheme), energy)
     per_rank = parameters_per_rank(weight.shape, groups, scheme)
-    affordable = math.floor(keep * weight.numel() / per_rank + 1e-9)  # 0.29 * 100 is a rounding error below 29
+    affordable = math.floor(share * weight.numel() / per_rank + 1e-9)  # 0.29 * 100 is a rounding error below 29
     if affordable < 1:
         smallest = math.ceil(1e6 * per_rank / weight.numel()) / 1e6
-        raise ValueError(f"keep must be at least {smallest:.6f} for rank 1 of this weight, got {keep}")
+        raise ValueError(f"keep must be at least {smallest:.6f} for rank 1 of this weight, got {share}")
     return min(affordable, full_rank(weight.shape, groups, scheme))
 
 
@@ -75,6 +81,20 @@ class _LowRank(nn.Module):
     _method = "auto"
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight, the product of the factors; differentiable."""
+        raise NotImplementedError
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`, known without computing it."""
+        raise NotImplementedError
+
+    def to_sequential(self) -> nn.Sequential:
+        """The pair of torch layers, v's then u's, that computes the same."""
+        raise NotImplementedError
+
+    @property
     def method(self) -> str:
         """How the layer is computed: ``"auto"`` (default), ``"fused"``, ``"pair"`` or ``"merged"``; see
         `smoothk.low_rank_conv2d`. `smoothk.tune` sets it."""
@@ -90,14 +110,14 @@ class _LowRank(nn.Module):
             self.v.copy_(v)
             self.u.copy_(u)
             if dense.bias is not None:
-                self.bias.copy_(dense.bias)
+                _present(self.bias).copy_(dense.bias)
         self._adopt_flags(dense)
 
     def _adopt_flags(self, dense: Conv | nn.Linear) -> None:
         for factor in (self.v, self.u):
             factor.requires_grad_(dense.weight.requires_grad)
         if dense.bias is not None:
-            self.bias.requires_grad_(dense.bias.requires_grad)
+            _present(self.bias).requires_grad_(dense.bias.requires_grad)
         self.train(dense.training)
 
     def _reset(self, fan_in: int, fan_in_v: int, fan_in_u: int) -> None:
@@ -112,10 +132,10 @@ class _LowRank(nn.Module):
         with torch.no_grad():
             dense.weight.copy_(self.weight)
             if self.bias is not None:
-                dense.bias.copy_(self.bias)
+                _present(dense.bias).copy_(self.bias)
         dense.weight.requires_grad_(self.v.requires_grad or self.u.requires_grad)
         if self.bias is not None:
-            dense.bias.requires_grad_(self.bias.requires_grad)
+            _present(dense.bias).requires_grad_(self.bias.requires_grad)
         dense.train(self.training)
 
     def _in_sequence(self, v: Conv | nn.Linear, u: Conv | nn.Linear) -> nn.Sequential:
@@ -124,13 +144,26 @@ class _LowRank(nn.Module):
             v.weight.copy_(self.v)
             u.weight.copy_(self.u)
             if self.bias is not None:
-                u.bias.copy_(self.bias)
+                _present(u.bias).copy_(self.bias)
         return nn.Sequential(v, u).train(self.training)
+
+
+def _present(bias: Tensor | None) -> Tensor:
+    """The bias of a layer that was made with one because its counterpart has one."""
+    assert bias is not None
+    return bias
 
 
 class _LowRankConvNd(_LowRank):
     axes: int
     transposed = False
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
 
     def __init__(
         self,
@@ -153,7 +186,8 @@ class _LowRankConvNd(_LowRank):
         if scheme == "spatial" and self.axes != 2:
             raise ValueError(f"scheme must be 'channel' for a {self.axes}d convolution, got 'spatial'")
         # torch's own layer checks and normalises the geometry; on meta it allocates nothing.
-        dense = _DENSE[self.axes](
+        kind: Callable[..., Conv] = _DENSE[self.axes]
+        dense = kind(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device="meta"
         )
         check_rank(rank, dense.weight.shape, groups, scheme)
@@ -162,11 +196,10 @@ class _LowRankConvNd(_LowRank):
         self.padding_mode, self.output_padding = dense.padding_mode, dense.output_padding
         self._pad = list(dense._reversed_padding_repeated_twice)
         self.rank, self.scheme = rank, scheme
-        ones = (1,) * self.axes
-        kernel_v, kernel_u = self.kernel_size, ones
+        kernel_v, kernel_u = self.kernel_size, (1,) * self.axes
         if scheme == "spatial":
             kernel_v, kernel_u = (self.kernel_size[0], 1), (1, self.kernel_size[1])
-        options = {"device": device, "dtype": dtype}
+        options: _Placement = {"device": device, "dtype": dtype}
         self.v = nn.Parameter(torch.empty(groups * rank, in_channels // groups, *kernel_v, **options))
         self.u = nn.Parameter(torch.empty(out_channels, rank, *kernel_u, **options))
         if bias:
@@ -262,8 +295,8 @@ class _LowRankConvNd(_LowRank):
         conv = _DENSE[self.axes]
         options = {"groups": self.groups, "device": self.v.device, "dtype": self.v.dtype}
         if self.scheme == "channel":
-            first = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-            second: dict[str, object] = {}
+            first: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+            second: dict[str, Any] = {}
         else:
             first, second = (
                 {"stride": s, "dilation": d} for s, d in zip(*map(_split, (self.stride, self.dilation)), strict=True)
@@ -301,12 +334,22 @@ class _LowRankConvNd(_LowRank):
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """``[N, C_in, *size]`` to ``[N, C_out, *size_out]``, as the dense layer with weight `weight`; then ``residual``
         added and ReLU applied, as far as asked for, in one pass where there is a kernel."""
-        padding = self.padding
+        padding: int | tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._pad, mode=self.padding_mode), 0
-        options = self.stride, padding, self.dilation, self.groups
-        factors = self.v, self.u, self.bias
-        return low_rank_conv(self.axes, input, *factors, *options, self._method, residual=residual, relu=relu)
+        method, factors = self._method, (self.v, self.u, self.bias)
+        return low_rank_conv(
+            self.axes,
+            input,
+            *factors,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            method,
+            residual=residual,
+            relu=relu,
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
@@ -399,7 +442,7 @@ class LowRankLinear(_LowRank):
         super().__init__()
         check_rank(rank, (out_features, in_features))
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        options = {"device": device, "dtype": dtype}
+        options: _Placement = {"device": device, "dtype": dtype}
         self.v = nn.Parameter(torch.empty(rank, in_features, **options))
         self.u = nn.Parameter(torch.empty(out_features, rank, **options))
         if bias:

@@ -161,7 +161,7 @@ def _run(
         if (residual.shape, residual.dtype, residual.device) != kind:  # broadcast or promoted
             return finish(_run(input, v, u, bias, None, geometry, method, False, differentiable), residual, relu)
     if dtype is not None:
-        input, bias = (None if t is None else t.to(dtype) for t in (input, bias))
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
     if not (differentiable or compiling):
         return compute(input, v, u, bias, residual, geometry, method, relu)[0]
     if dtype is not None:

@@ -64,7 +64,8 @@ def cuda_takes(geometry: Geometry, input: Tensor, with_z: bool, dtype: torch.dty
     ``dtype`` is that of the call where it is not the input's.
     """
     device = torch.cuda.get_device_properties(input.device)
-    numbers = device.multi_processor_count, device.shared_memory_per_block_optin
+    shared_memory = device.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    numbers = device.multi_processor_count, shared_memory
     return _cuda_takes(geometry.flat, dtype or input.dtype, with_z, numbers)
 
 

@@ -78,7 +78,7 @@ def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:
     """Calls of every convolution, linear and low-rank layer of ``model`` in evaluation mode; the model is not
     changed."""
     calls: dict[str, LayerCalls] = {}
-    kinds = (_ConvNd, nn.Linear, _LowRank, *transposed_linear_types())
+    kinds: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear, _LowRank, *transposed_linear_types())
 
     def count(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         entry = calls.setdefault(name, LayerCalls())
@@ -106,9 +106,11 @@ def _macs(module: nn.Module, out: int, between: int, x: Tensor) -> int:
     if isinstance(module, _LowRank):
         spatial = getattr(module, "scheme", "channel") == "spatial"
         return module.v.numel() * (between if spatial else out) + module.u.numel() * out
-    if getattr(module, "transposed", False):  # every input position meets the whole kernel
-        return module.weight.numel() * (x.numel() // module.in_channels)
-    return module.weight.numel() * out
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, _ConvNd) and module.transposed:  # every input position meets the whole kernel
+        return weight.numel() * (x.numel() // module.in_channels)
+    return weight.numel() * out
 
 
 def count_macs(model: nn.Module, example_input: Any) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_norm, polar_factors
-from .reference import compute_dtype
+from .reference import compute_dtype, total_of
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 
 
 class NuclearTerm:
@@ -75,7 +76,7 @@ class NuclearTerm:
         if not (self.normalized or factors):
             return nuclear_norm(list(weights.values()), **self.options)
         device = next(iter(weights.values())).device
-        return sum(self._value_of(weight, factors.get(name)).to(device) for name, weight in weights.items())
+        return total_of(self._value_of(weight, factors.get(name)).to(device) for name, weight in weights.items())
 
     def _value_of(self, weight: Tensor, factor: Tensor | None) -> Tensor:
         value = nuclear_norm(weight, **self.options) if factor is None else _along(weight, factor)

@@ -7,7 +7,7 @@ The backward of the difference penalty is an operator too, and is differentiable
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,14 +92,14 @@ def _save_polar_factors(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(*output[1])
 
 
-def _polar_factors_backward(ctx: Any, grads: Tensor | None, second: list[Tensor | None]) -> tuple[Any, ...]:
+def _polar_factors_backward(ctx: Any, grads: Tensor, second: list[Tensor | None]) -> tuple[Any, ...]:
     if any(grad is not None for grad in second):
         raise RuntimeError("nuclear_norm has no second derivative: the singular vectors are not differentiated")
     rows = zip(grads, ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[0], strict=True)
     return [(g.to(x.device) * x).to(dtype) if needs else None for g, x, dtype, needs in rows], None, None
 
 
-def _fake_penalty(weights: list[Tensor], orders: list[int], *options: Any) -> Tensor:
+def _fake_penalty(weights: list[Tensor], orders: Sequence[int], *options: Any) -> Tensor:
     device = weights[0].device if weights else "cpu"
     return torch.empty(len(orders), dtype=reference.result_dtype(weights), device=device)
 
@@ -139,6 +139,6 @@ def _backward_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
                 (g * first).sum(dtype=grad.dtype) for g, first in zip(grads, firsts, strict=True) if g is not None
             ]
             along.append(sum(products, grad.new_zeros(())))
-        along = torch.stack(along)
-        seconds = torch.autograd.grad(grad @ along, weights, create_graph=keep_graph, materialize_grads=True)
-    return along, list(seconds), *(None for _ in ctx.options)
+        by_grad = torch.stack(along)
+        seconds = torch.autograd.grad(grad @ by_grad, weights, create_graph=keep_graph, materialize_grads=True)
+    return by_grad, list(seconds), *(None for _ in ctx.options)

@@ -255,7 +255,9 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 def _grads(weights: Iterable[nn.Parameter]) -> list[Tensor]:
     """``.grad`` of every weight, created where it is missing."""
+    grads = []
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-    return [weight.grad for weight in weights]
+        grads.append(weight.grad)
+    return grads

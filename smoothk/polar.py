@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ def _eigenvectors(w: Tensor, cut: float, noise: float) -> tuple[Tensor, Tensor, 
 
 def _polar_newton_schulz(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Newton-Schulz iterations, batched over matrices of one shape, without a look at any number on the host."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int | torch.dtype | torch.device, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         groups.setdefault((*sorted(matrix.shape), matrix.dtype, matrix.device), []).append(i)
     results: dict[int, tuple[Tensor, Tensor]] = {}
@@ -183,7 +184,8 @@ def _polar_newton_schulz(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tenso
         transposed = [matrices[i].shape[0] > matrices[i].shape[1] for i in indices]
         batch = torch.stack([matrices[i].mT if t else matrices[i] for i, t in zip(indices, transposed, strict=True)])
         values, factors = map(torch.unbind_copy, newton_schulz(batch))
-        for i, t, value, factor in zip(indices, transposed, values, factors, strict=True):
+        # torch's stub has unbind_copy return None
+        for i, t, value, factor in zip(indices, transposed, values, factors, strict=True):  # type: ignore[call-overload]
             results[i] = value, factor.mT if t else factor
     return [results[i] for i in range(len(matrices))]
 
@@ -227,7 +229,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _exact_float32(matrix: Tensor) -> bool:
     """Whether float32 products here are made of float32 operations, not of TF32 or bfloat16 ones."""
-    return matrix.device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    mkldnn: Any = torch.backends.mkldnn  # which puts an object in the module's place
+    return matrix.device.type == "cpu" and mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 METHODS = ("auto", "svd", "gram", "polar")

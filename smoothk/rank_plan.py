@@ -98,9 +98,9 @@ class RankPlan:
     def __str__(self) -> str:
         share = self.parameters / max(self.parameters_before, 1)
         head = f"{self.parameters:,} of {self.parameters_before:,} parameters kept ({100 * share:.2f} %)"
-        if self.macs is not None:
+        if self.macs is not None and self.macs_before is not None:
             head += f", {self.macs:,} of {self.macs_before:,} MACs ({100 * self.macs / max(self.macs_before, 1):.2f} %)"
-        if self.latency is not None:
+        if self.latency is not None and self.latency_before is not None:
             head += f", {1e3 * self.latency:.3g} of {1e3 * self.latency_before:.3g} ms"
         return f"{head}; method {self.method}, keep {self.keep:g} of {self.cost}\n{self.table()}"
 

@@ -81,10 +81,11 @@ def plan_ranks(
     check_finite(layers)
     check_trained(model)
     calls = None if example_input is None else count_calls(model, example_input)
+    reached = calls or {}
     if cost != "params":
-        idle = [name for name in layers if name not in calls]
+        idle = [name for name in layers if name not in reached]
         refused.update(dict.fromkeys(idle, "example_input does not reach it"))
-        layers = {name: layer for name, layer in layers.items() if name in calls}
+        layers = {name: layer for name, layer in layers.items() if name in reached}
     if not layers:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "no convolution or linear layer"
         raise ValueError(f"model has no layer to factorise ({listed})")
@@ -98,12 +99,12 @@ def plan_ranks(
         importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches)
     choices = {}
     for name, layer in layers.items():
-        measured = (calls or {}).get(name), times.get(name), importance.get(name)
+        measured = reached.get(name), times.get(name), importance.get(name)
         choices[name] = _choices(layer, scheme, cost, rank_multiple, *measured)
     if cost == "params":
         total = _count_parameters(model)
     elif cost == "macs":
-        total = sum(c.dense for c in calls.values())
+        total = sum(c.dense for c in reached.values())
     else:  # a layer in the model can be faster than alone, its input still in cache
         total = max(measure_model(model, example_input), sum(t.dense for t in times.values()))
     fixed = total - sum(options[-1].cost for options in choices.values())
@@ -151,8 +152,9 @@ def _check_options(
 def _exclude(
     model: nn.Module, layers: Mapping[str, Conv | nn.Linear], refused: Mapping[str, str], exclude: Iterable[str]
 ) -> tuple[dict[str, Conv | nn.Linear], dict[str, str]]:
-    names = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude, None]
-    if not all(isinstance(name, str) for name in names):
+    several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    names = list(exclude) if several else []
+    if not several or not all(isinstance(name, str) for name in names):
         raise TypeError(f"exclude must be a sequence of module names, got {exclude!r}")
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unknown = [name for name in names if name not in known]
@@ -224,7 +226,7 @@ def _choices(
         macs_per_rank = calls.per_rank(shape, groups, name) if calls else 0
         for rank in range(rank_multiple, len(squares) + 1, rank_multiple):
             macs, params = rank * macs_per_rank, rank * per_rank
-            price = params if cost == "params" else macs if cost == "macs" else times.at(name, rank)
+            price = times.at(name, rank) if cost == "latency" and times else macs if cost == "macs" else params
             if price >= dense.cost or params >= parameters and cost == "latency":
                 break
             found.append(Choice(price, float(error[rank - 1]), name, rank, params, macs, float(tail[rank - 1])))
@@ -275,5 +277,5 @@ def _plan(
     macs_total = None if calls is None else sum(c.dense for c in calls.values())
     macs_after = None
     if macs_total is not None:
-        macs_after = macs_total - sum(p.macs_before - p.macs for p in plans.values())
+        macs_after = macs_total - sum((p.macs_before or 0) - (p.macs or 0) for p in plans.values())
     return RankPlan(method, cost, keep, before, after, macs_total, macs_after, plans)

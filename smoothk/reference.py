@@ -5,8 +5,8 @@ Arguments are taken as checked (`smoothk.functional` does that). Half-precision 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def result_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     """dtype of a penalty over ``weights``: float64 if any of them is, else float32."""
     return torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+
+
+def total_of(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor; that of none would be the int 0."""
+    return cast(Tensor, sum(terms))
 
 
 def axes_of(weight: Tensor, dim: Sequence[int], order: int) -> list[int]:
@@ -63,7 +68,7 @@ def difference_penalty(
             total = total + nothing.to(device=total.device, dtype=total.dtype)
             continue
         w = weight.to(compute_dtype(weight.dtype))
-        value = sum(_sum_of_norm(torch.diff(w, n=order, dim=axis), axis, norm, eps) for axis in axes)
+        value = total_of(_sum_of_norm(torch.diff(w, n=order, dim=axis), axis, norm, eps) for axis in axes)
         if normalized:
             # The two terms of the gradient cancel in part: their factors are taken in float64, where there is one.
             wide = w.dtype if w.device.type == "mps" else torch.float64

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import _LowRank
+from .layers import Conv, _LowRank
 from .macs import run
 from .regression import fit, patches, rows
 
@@ -31,14 +32,18 @@ class Moments:
     """Sums over samples, by group, float64: patches ``x`` ``[groups, f]``, dense outputs ``y``, their products."""
 
     count: int = 0
-    x: Tensor | float = 0.0
-    y: Tensor | float = 0.0
-    xx: Tensor | float = 0.0  # [groups, f, f]
-    yx: Tensor | float = 0.0  # [groups, rows, f]
+    x: Tensor = field(init=False)
+    y: Tensor = field(init=False)
+    xx: Tensor = field(init=False)  # [groups, f, f]
+    yx: Tensor = field(init=False)  # [groups, rows, f]
     eps: float = 0.0  # rounding of a product
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """``x`` ``[groups, f, samples]``, ``y`` ``[groups, rows, samples]``."""
+        if not self.count:
+            groups, columns, zeros = *x.shape[:2], partial(x.new_zeros, dtype=torch.float64)
+            self.x, self.xx = zeros(groups, columns), zeros(groups, columns, columns)
+            self.y, self.yx = zeros(groups, y.shape[1]), zeros(groups, y.shape[1], columns)
         self.count += x.shape[-1]
         self.eps = torch.finfo(x.dtype).eps
         self.x += x.sum(-1, dtype=torch.float64)
@@ -84,9 +89,9 @@ def refit_factors(
         TypeError, ValueError: an argument of another type or out of its range; no batches; NaN or Inf in a layer's
             input or output. Whatever the models raise on a batch is passed on.
     """
-    for name, value in (("model", model), ("small", small)):
-        if not isinstance(value, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+    for name, network in (("model", model), ("small", small)):
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
     if not ridge >= 0:
         raise ValueError(f"ridge must be at least 0, got {ridge}")
     if not isinstance(together, int) or isinstance(together, bool) or together < 1:
@@ -105,7 +110,7 @@ def refit_factors(
                 found = _collect(model, small, {name: pairs[name] for name in part}, order, batches)
                 for name, moments in found.items():
                     dense, layer = pairs[name]
-                    fit(dense, layer, moments, ridge, name in order.normalised, name)
+                    fit(cast(Conv | nn.Linear, dense), layer, moments, ridge, name in order.normalised, name)
     except BaseException:
         with torch.no_grad():
             for parameter, value in before:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import Conv, _LowRank, _LowRankConvNd
+from .reference import total_of
 from .unfolding import fold, unfold
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def patches(layer: _LowRank, x: Tensor) -> Tensor:
     for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
         x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
     # [N, C_in, *output, *kernel], a view: only the chosen positions are copied.
-    x = x[(slice(None), slice(None), *_positions(x.shape[2 : 2 + layer.axes]))]
+    x = _at_positions(x, layer.axes)
     x = x.reshape(len(x), layer.groups, x.shape[1] // layer.groups, -1, math.prod(layer.kernel_size))
     return x.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
 
@@ -49,8 +50,14 @@ def rows(layer: _LowRank, output: Tensor) -> Tensor:
 
 def _samples(x: Tensor) -> Tensor:
     """``[N, C, *sizes]`` at the chosen positions, ``[C, samples]``."""
-    x = x[(slice(None), slice(None), *_positions(x.shape[2:]))]
+    x = _at_positions(x, x.dim() - 2)
     return x.reshape(*x.shape[:2], -1).transpose(0, 1).flatten(1)
+
+
+def _at_positions(x: Tensor, axes: int) -> Tensor:
+    """``x`` at the chosen positions of the ``axes`` after the first two, which become one."""
+    index: tuple[slice | Tensor, ...] = (slice(None), slice(None), *_positions(x.shape[2 : 2 + axes]))
+    return x[index]
 
 
 def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -117,7 +124,8 @@ class _Problem:
         if self.spatial:
             c_in, k_h, k_w = self.shape[1:]
             split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
-            metric = sum(split[:, :, :, j, :, :, j] for j in range(k_w)).reshape(self.groups, c_in * k_h, -1) / k_w
+            total = total_of(split[:, :, :, j, :, :, j] for j in range(k_w))
+            metric = total.reshape(self.groups, c_in * k_h, -1) / k_w
         outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.floor) @ matrix.mT
         u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
         return u, u.mT @ matrix

@@ -73,7 +73,7 @@ def select_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | N
         raise TypeError(f"model must be a module or an iterable of parameters, got {type(model).__name__}")
     if isinstance(model, nn.Module):
         select = select or conv_and_linear_weights
-        candidates = [weight for weight in _parameters(model) if select(weight.name, weight.module, weight.parameter)]
+        candidates = [w for w in _parameters(model) if w.module is not None and select(w.name, w.module, w.parameter)]
     else:
         if select is not None:
             raise TypeError("select needs a module to walk through, got an iterable of parameters")

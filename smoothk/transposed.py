@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def transposed_linear_types() -> tuple[type[nn.Module], ...]:
@@ -17,7 +17,10 @@ def transposed_linear_types() -> tuple[type[nn.Module], ...]:
 def as_linear(layer: nn.Module) -> nn.Linear:
     """A linear layer that computes what the ``Conv1D`` ``layer`` does, on the same memory, in its mode and with its
     ``requires_grad`` flags."""
-    linear = nn.Linear(*layer.weight.shape, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=layer.weight.requires_grad)
-    linear.bias = layer.bias
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor) and isinstance(bias, nn.Parameter | None)
+    rows, columns = weight.shape
+    linear = nn.Linear(rows, columns, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
+    linear.register_parameter("bias", bias)
     return linear.train(layer.training)

@@ -46,11 +46,13 @@ def tune(model: nn.Module, example_input: Any, *, budget: float = 0.2, verbose: 
     calls = _calls(model, example_input)
     if not calls:
         raise ValueError("model must have a low-rank layer that the example input reaches, got none")
-    rows, methods = [], {}
+    rows: list[list[object]] = []
+    methods: dict[_LowRank, str] = {}
     for name, inputs in calls.items():
         layer = model.get_submodule(name)
+        assert isinstance(layer, _LowRank)  # `_calls` watches no other
         times = _time_methods(layer, inputs, budget)
-        methods[layer] = min(times, key=times.get)
+        methods[layer] = min(times, key=times.__getitem__)
         sizes = " ".join("x".join(map(str, x.shape)) for x in inputs)
         milliseconds = [1e3 * times[m] if m in times else None for m in _METHODS]
         rows.append([name, sizes, layer.rank, *milliseconds, methods[layer]])

@@ -30,5 +30,6 @@ class PenaltyPerStep:
         self.penalty, self.value = SmoothnessPenalty(model, **self.options), None
 
     def _accumulate(self) -> Tensor:
+        assert self.penalty is not None  # `_start` comes first
         self.value = self.penalty.accumulate_grad()
         return self.value

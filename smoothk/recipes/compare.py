@@ -260,8 +260,9 @@ def compare(
     if unknown or not (networks and keeps and methods):
         raise ValueError(f"methods must be of {', '.join(METHODS)}, one network and size at least, got {unknown}")
     for name in methods:
-        if METHODS[name].missing:
-            package = METHODS[name].needs.replace("_", "-")
+        needed = METHODS[name].needs
+        if needed is not None and METHODS[name].missing:
+            package = needed.replace("_", "-")
             raise ImportError(f"method {name!r} needs {package}, which is not installed: pip install {package}")
     count = min(calibration_images, len(dataset.train_images))
     calibration = data.calibration_batches(dataset, count)

@@ -297,8 +297,8 @@ def _read_image(path: Path, content: bytes, size: int) -> Tensor:
     except ImportError as error:
         raise DataError("the data set 'folder' needs Pillow to read images: pip install pillow") from error
     try:
-        with Image.open(BytesIO(content)) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        with Image.open(BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
             pixels = bytearray(image.tobytes())
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image: {error}") from error

@@ -31,7 +31,7 @@ MEASURES = {"accuracy": "data-free", "accuracy_recalibrated": "batch norm recali
 DENSE_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 0.9}
 COLOURS = ("#4D4D4D", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v")
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 9.5,
     "axes.labelsize": 9.5,

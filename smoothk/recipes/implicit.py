@@ -172,7 +172,7 @@ def fit(config: FitConfig) -> Siren:
         torch.manual_seed(config.seed)
         model = Siren(config.width, config.depth, config.omega)
         coefficients = {name: getattr(config, name) for name in ("first_order", "second_order", "nuclear")}
-        weights = [layer.weight for layer in model.hidden]
+        weights = [layer.get_parameter("weight") for layer in model.hidden]
         penalty = SmoothnessPenalty(weights, **coefficients, every=EVERY) if any(coefficients.values()) else None
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
         for step in range(config.steps):

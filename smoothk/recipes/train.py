@@ -195,7 +195,9 @@ class _Run:
         self.dataset = dataset
         self.device = device
         model = build_model(config, dataset.num_classes, dataset.in_channels).to(device)
-        self.model = model.to(memory_format=torch.channels_last) if config.channels_last else model
+        if config.channels_last:  # torch's stub of `to` lacks the argument
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
         decayed = [p for p in self.model.parameters() if p.ndim > 1 and p.requires_grad]
         others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

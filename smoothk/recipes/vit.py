@@ -69,7 +69,8 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, in_channels, H, W] to logits [N, num_classes]."""
         x = self.patches(x)
-        positions = sine_cosine_positions(*x.shape[2:], x.shape[1], x.device)
+        _, dim, rows, columns = x.shape
+        positions = sine_cosine_positions(rows, columns, dim, x.device)
         x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)
         return self.fc(self.norm(self.blocks(x)).mean(dim=1))
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from smoothk.candidates import find_candidates
 from smoothk.compress import replace_layers
-from smoothk.layers import LowRankConv2d, LowRankLinear
+from smoothk.layers import Conv, LowRankConv2d, LowRankLinear, _LowRank
 
 IMAGES = 1024  # as many as the paper takes
 CHUNK = 64  # images whose patches are unfolded at a time
@@ -78,17 +78,19 @@ def whitened_svd(model: nn.Module, batches: Iterable[Tensor], images: int = IMAG
 
 @torch.no_grad()
 def _input_grams(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Tensor], images: int
+    model: nn.Module, layers: dict[str, Conv | nn.Linear], batches: Iterable[Tensor], images: int
 ) -> dict[str, Tensor]:
     """``Σ x xᵀ`` in float64 over the patches that each layer reads."""
     grams: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
             for chunk in args[0].split(CHUNK):
                 if isinstance(layer, nn.Linear):
                     patches = chunk.flatten(0, -2).T.double()
                 else:
+                    padding: int | tuple[int, ...]
                     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
                         chunk = F.pad(chunk, layer._reversed_padding_repeated_twice, _MODES[layer.padding_mode])
                         padding = 0
@@ -117,7 +119,7 @@ def _input_grams(
 _MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
-def _whiten(layer: nn.Module, gram: Tensor) -> _Whitened:
+def _whiten(layer: Conv | nn.Linear, gram: Tensor) -> _Whitened:
     weight = layer.weight.detach().flatten(1).double()
     values, vectors = torch.linalg.eigh(gram)
     # Directions that no input has are rounding: their inverse root would be huge, and nothing is lost without them.
@@ -162,7 +164,8 @@ def _knapsack(options: list[tuple[Tensor, Tensor]], budget: int) -> list[int] | 
 
 
 @torch.no_grad()
-def _factorized(layer: nn.Module, whitened: _Whitened, rank: int) -> nn.Module:
+def _factorized(layer: Conv | nn.Linear, whitened: _Whitened, rank: int) -> nn.Module:
+    small: _LowRank
     if isinstance(layer, nn.Linear):
         small = LowRankLinear.from_linear(layer, rank)
     else:

@@ -51,10 +51,11 @@ def stream_channels(model: nn.Module) -> list[Channels]:
     if not isinstance(model, ResNet) or any(isinstance(m, PadShortcut) for m in model.modules()):
         raise ValueError(f"model must be a ResNet with projection shortcuts, got {type(model).__name__}")
     groups = [Channels([(model.conv1, model.bn1)])]
-    for block in (block for stage in model.layers for block in stage):
+    for block in (module for module in model.layers.modules() if isinstance(module, BasicBlock)):
         groups[-1].readers.append(block.conv1)
         if isinstance(block.shortcut, nn.Sequential):
             convolution, norm = block.shortcut
+            assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             groups[-1].readers.append(convolution)
             groups.append(Channels([(convolution, norm)]))
         groups[-1].writers.append((block.conv2, block.bn2))
@@ -95,13 +96,19 @@ def _parameters(model: nn.Module, groups: Sequence[Channels], counts: Sequence[i
     norms = {id(norm): k for g, k in zip(groups, counts, strict=True) for _, norm in g.writers}
     total = sum(p.numel() for p in model.parameters())
     for module in model.modules():
-        if id(module) in written or id(module) in read:
+        if isinstance(module, nn.Conv2d | nn.Linear) and (id(module) in written or id(module) in read):
             rows, columns, *kernel = module.weight.shape
             after = written.get(id(module), rows) * read.get(id(module), columns) * math.prod(kernel)
             total += after - module.weight.numel()
-        elif id(module) in norms:
+        elif isinstance(module, nn.BatchNorm2d) and id(module) in norms:
             total += 2 * (norms[id(module)] - module.num_features)
     return total
+
+
+def statistics_of(norm: nn.BatchNorm2d) -> dict[str, Tensor]:
+    """``scale``, ``shift``, ``mean`` and ``var``, as `set_writer` takes them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return {"scale": norm.weight, "shift": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
 
 
 @torch.no_grad()
@@ -124,8 +131,7 @@ def set_reader(layer: nn.Conv2d | nn.Linear, weight: Tensor) -> None:
 def select(group: Channels, kept: Tensor) -> None:
     """Leave only the channels ``kept`` (int64, in order), in place."""
     for conv, norm in group.writers:
-        values = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        statistics = dict(zip(("scale", "shift", "mean", "var"), (v[kept] for v in values), strict=True))
+        statistics = {name: value[kept] for name, value in statistics_of(norm).items()}
         set_writer(conv, norm, conv.weight[kept], **statistics)
     for layer in group.readers:
         set_reader(layer, layer.weight[:, kept])

@@ -19,6 +19,7 @@ from smoothk.recipes.baselines.channels import (
     inner_channels,
     set_reader,
     set_writer,
+    statistics_of,
     stream_channels,
     uniform_counts,
 )
@@ -89,8 +90,7 @@ def _merge(group: Channels, members: Tensor, count: int) -> None:
     """Replace each cluster of channels by its mean, in place."""
     for conv, norm in group.writers:
         labels = members.to(conv.weight.device)
-        values = {"scale": norm.weight, "shift": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
-        means = {name: _mean(value, labels, count) for name, value in values.items()}
+        means = {name: _mean(value, labels, count) for name, value in statistics_of(norm).items()}
         set_writer(conv, norm, _mean(conv.weight, labels, count), **means)
     for layer in group.readers:
         labels = members.to(layer.weight.device)

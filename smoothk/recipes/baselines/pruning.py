@@ -28,7 +28,8 @@ def prune_weights(model: nn.Module, keep: float) -> nn.Module:
     Raises:
         ValueError: fewer parameters than norms and biases hold are asked for.
     """
-    pruned = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # prune flattens by view
+    # prune flattens by view; torch's stub of `to` lacks the argument
+    pruned: nn.Module = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     layers = [(m, "weight") for m in pruned.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     total = sum(p.numel() for p in model.parameters())
     prunable = sum(layer.weight.numel() for layer, _ in layers)
