@@ -38,8 +38,10 @@ faults: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/kill_training.py $(KILLS)
 	PYTHONPATH=. $(BIN)/python tests/fuzz_files.py $(FILES)
 
-lint: .venv/ready-lint
+# mypy reads the types of torch and of what else the package imports.
+lint: $(READY) .venv/ready-lint
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/*/*))
 
 clean:
@@ -67,5 +69,5 @@ $(READY): $(SOURCES) | .venv/bin/python
 	@touch $@
 
 .venv/ready-lint: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) ruff clang-format
+	$(PIP) ruff mypy clang-format
 	@touch $@
