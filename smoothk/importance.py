@@ -21,6 +21,7 @@ from .macs import run
 from .outputs import floating_tensors, is_logits
 from .refit import normalising_by_batch
 from .svd import full_rank, truncated_factors
+from .transposed import transposed_linear_types
 from .unfolding import unfold
 
 DRAWS = 32  # gradients in all: each is the sum over a batch, with labels of its own
@@ -44,6 +45,7 @@ def direction_importance(
 
     copy = deep_copy(model).requires_grad_(False)
     weights = {name: copy.get_submodule(name).get_parameter("weight").requires_grad_(True) for name in layers}
+    transposed = {name for name in layers if isinstance(copy.get_submodule(name), transposed_linear_types())}
     factors, sums = {}, {}
     for name, layer in layers.items():
         shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
@@ -71,7 +73,8 @@ def direction_importance(
                 for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
                     for scheme in schemes(layer) if gradient is not None else ():
                         u, v = factors[name, scheme]
-                        g = unfold(gradient, scheme, getattr(layer, "groups", 1)).to(u.dtype)
+                        g = gradient.t() if name in transposed else gradient
+                        g = unfold(g, scheme, getattr(layer, "groups", 1)).to(u.dtype)
                         sums[name, scheme] += ((u.mT @ g) * v).sum(-1, dtype=torch.float64).square().sum(0)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, scheme), total in sums.items():

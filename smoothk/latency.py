@@ -73,7 +73,9 @@ def measure_layers(
         budget: seconds for each layer; the samples of all its variants are taken in turn.
     """
     found = {}
-    for name, inputs in _input_kinds(model, example_input, layers).items():
+    # Not `layers`: for a transposed weight they hold a linear layer that the model does not call.
+    called = {name: model.get_submodule(name) for name in layers}
+    for name, inputs in _input_kinds(model, example_input, called).items():
         found[name] = _measure_layer(layers[name], inputs, schemes(layers[name]), budget)
     return found
 

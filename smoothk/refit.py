@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .layers import Conv, _LowRank
 from .macs import run
 from .regression import fit, patches, rows
+from .transposed import as_linear, transposed_linear_types
 
 _FINE = 1 << 25  # entries of patches that are formed at a time
 
@@ -110,13 +111,18 @@ def refit_factors(
                 found = _collect(model, small, {name: pairs[name] for name in part}, order, batches)
                 for name, moments in found.items():
                     dense, layer = pairs[name]
-                    fit(cast(Conv | nn.Linear, dense), layer, moments, ridge, name in order.normalised, name)
+                    fit(_torch_layer(dense), layer, moments, ridge, name in order.normalised, name)
     except BaseException:
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
         raise
     return small
+
+
+def _torch_layer(dense: nn.Module) -> Conv | nn.Linear:
+    """``dense`` with its weight as `fit` reads it."""
+    return as_linear(dense) if isinstance(dense, transposed_linear_types()) else cast(Conv | nn.Linear, dense)
 
 
 def _call_order(small: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Any]) -> _Order:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import smoothk
 from smoothk import LowRankLinear, SmoothnessPenalty
+from smoothk.candidates import find_candidates
+from smoothk.latency import measure_layers
 from smoothk.macs import count_macs
 
 
@@ -43,8 +45,9 @@ def block(device: str = "cpu") -> nn.Module:
 
 def as_linears(model: nn.Module) -> nn.Module:
     """The same network with torch's linear layers."""
-    result = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16), nn.LayerNorm(16)).double().eval()
     values = model.state_dict()
+    hidden = values["0.bias"].numel()
+    result = nn.Sequential(nn.Linear(16, hidden), nn.GELU(), nn.Linear(hidden, 16), nn.LayerNorm(16)).double().eval()
     result.load_state_dict({n: v.t() if v.dim() == 2 else v for n, v in values.items()})
     return result
 
@@ -64,6 +67,24 @@ def test_it_is_compressed_as_a_linear_layer_is(tmp_path: Path) -> None:
     smoothk.save(result.model, tmp_path / "small")
     assert torch.equal(smoothk.load(block(), tmp_path / "small")(x), result.model(x))
     assert torch.equal(smoothk.load(lambda: block("meta"), tmp_path / "small")(x), result.model(x))
+
+
+@pytest.mark.parametrize("hidden", [16, 48])
+def test_calibration_is_that_of_a_linear_layer(hidden: int) -> None:
+    """Square weights too, where a transposed one fits and is wrong."""
+    model = nn.Sequential(Conv1D(hidden, 16), nn.GELU(), Conv1D(16, hidden), nn.LayerNorm(16)).double().eval()
+    x = torch.randn(64, 16).double() * torch.logspace(0, -2, 16)
+    result = smoothk.compress(model, 0.6, calibration=[x])
+    expected = smoothk.compress(as_linears(model), 0.6, calibration=[x])
+    ranks = {name: layer.rank for name, layer in expected.plan.layers.items()}
+    assert {name: layer.rank for name, layer in result.plan.layers.items()} == ranks and any(ranks.values())
+    torch.testing.assert_close(result.model(x), expected.model(x), rtol=1e-6, atol=1e-8)
+
+
+def test_its_latency_is_measured() -> None:
+    model, x = block(), torch.randn(4, 16).double()
+    times = measure_layers(model, x, find_candidates(model).layers, lambda _: ("channel",), 0.01)
+    assert list(times) == ["0", "2"] and all(times[name].dense > 0 for name in times)
 
 
 def test_nothing_is_shared_and_flags_are_kept() -> None:
