@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def read_results(directory: Path) -> Comparison:
 def by_network(comparison: Comparison, method: str) -> Table:
     """A line for each network, a column for each size."""
     networks = {row.network: row.label for row in comparison.rows}
-    return _pivot(comparison, "network", [(label, (method, name)) for name, label in networks.items()])
+    return pivot(comparison, "network", [(label, (method, name)) for name, label in networks.items()])
 
 
 def by_method(comparison: Comparison, network: str) -> Table:
     """A line for each method, a column for each size."""
     methods = dict.fromkeys(row.method for row in comparison.rows)
-    return _pivot(comparison, "method", [(method_label(name), (name, network)) for name in methods])
+    return pivot(comparison, "method", [(method_label(name), (name, network)) for name in methods])
 
 
 def method_label(name: str) -> str:
@@ -65,20 +65,7 @@ def on_smooth(comparison: Comparison) -> Table:
     """Pruning and folding on the plain network and on smooth ones: does it do better on those, as the paper says?"""
     networks = {row.network: row.label for row in comparison.rows}
     lines = [(f"{METHODS[m].label}, {label}", (m, name)) for m in PRUNING for name, label in networks.items()]
-    return _pivot(comparison, "method, network", lines)
-
-
-def _pivot(comparison: Comparison, head: str, lines: Sequence[tuple[str, tuple[str, str]]]) -> Table:
-    groups = comparison.groups()
-    keeps = sorted({row.keep for row in comparison.rows}, reverse=True)
-    rows = []
-    for label, key in lines:
-        cells = [groups.get((keep, *key), []) for keep in keeps]
-        measured = next((cell for cell in cells if cell), None)
-        if measured is not None:
-            rows.append([label, len(measured), mean(measured, "dense_accuracy"), *map(_cell, cells)])
-    columns = [head, "seeds", "dense", *(f"{100 * keep:g} % kept" for keep in keeps)]
-    return Table(columns, rows, {"dense": ".2f"})
+    return pivot(comparison, "method, network", lines)
 
 
 def _cell(rows: Sequence[Row]) -> str:
@@ -87,6 +74,25 @@ def _cell(rows: Sequence[Row]) -> str:
     if any(row.accuracy is None for row in rows):
         return "unreachable"
     return f"{mean(rows, 'accuracy'):.2f} / {mean(rows, 'accuracy_recalibrated'):.2f}"
+
+
+def pivot(
+    comparison: Comparison,
+    head: str,
+    lines: Sequence[tuple[str, tuple[str, str]]],
+    cell: Callable[[Sequence[Row]], str] = _cell,
+) -> Table:
+    """A line for each label and (method, network) of ``lines``; ``cell`` says what the seeds of one size come to."""
+    groups = comparison.groups()
+    keeps = sorted({row.keep for row in comparison.rows}, reverse=True)
+    rows = []
+    for label, key in lines:
+        found = [groups.get((keep, *key), []) for keep in keeps]
+        measured = next((group for group in found if group), None)
+        if measured is not None:
+            rows.append([label, len(measured), mean(measured, "dense_accuracy"), *map(cell, found)])
+    columns = [head, "seeds", "dense", *(f"{100 * keep:g} % kept" for keep in keeps)]
+    return Table(columns, rows, {"dense": ".2f"})
 
 
 def drops(comparison: Comparison) -> Table:
@@ -106,7 +112,11 @@ def drops(comparison: Comparison) -> Table:
 def _spread(rows: Sequence[Row], name: str) -> str:
     if not rows or any(getattr(row, name) is None for row in rows):
         return ""
-    values = [getattr(row, name) for row in rows]
+    return spread([getattr(row, name) for row in rows])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, sample standard deviation."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
 
@@ -131,12 +141,18 @@ def cost(comparison: Comparison, latency: dict[str, Any] | None, network: str = 
 
 def caption(comparison: Comparison) -> str:
     """What the numbers are, of which images, and where they were measured."""
+    return (
+        f"Test accuracy in %, data-free / after batch norm was recalibrated on {comparison.calibration_images:,} "
+        f"unlabelled training images; no gradient step in either. {setting(comparison)}"
+    )
+
+
+def setting(comparison: Comparison) -> str:
+    """Which network on which images, measured where."""
     versions, machine = comparison.provenance["versions"], comparison.provenance["machine"]
     first = comparison.rows[0]
     return (
-        f"Test accuracy in %, data-free / after batch norm was recalibrated on {comparison.calibration_images:,} "
-        f"unlabelled training images; no gradient step in either. {comparison.title}: "
-        f"{first.parameters_before:,} parameters, {comparison.recipe['epochs']} epochs; images: "
+        f"{comparison.title}: {first.parameters_before:,} parameters, {comparison.recipe['epochs']} epochs; images: "
         f"{comparison.data.get('note', comparison.data['source'])}. smoothk {versions['smoothk']}, torch "
         f"{versions['torch']}, {machine['gpu'] or machine['cpu']}, {comparison.provenance.get('date', 'several days')}."
     )
@@ -253,11 +269,11 @@ def _share(entry: list[Any] | None) -> float:
     return entry[1] / entry[2] if entry else 1.0
 
 
-def page() -> str:
-    """docs/results.md: a chapter for each directory of CIFAR-10 results."""
+def page(more: Sequence[str] = ()) -> str:
+    """docs/results.md: a chapter for each directory of CIFAR-10 results, and ``more`` chapters."""
     origin = "Made by `python benchmarks/tables.py` from the files under `benchmarks/results`; do not edit."
     chapters = [_chapter(RESULTS / name, added) for name, added in DIRECTORIES.items() if (RESULTS / name).exists()]
-    return "\n".join([f"# Results\n\n{origin}\n", *chapters])
+    return "\n".join([f"# Results\n\n{origin}\n", *chapters, *more])
 
 
 def _chapter(directory: Path, added: str) -> str:

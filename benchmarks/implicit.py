@@ -15,12 +15,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from cifar10_report import spread
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,6 +99,10 @@ class Bench:
         print(name, *(f"{100 * keep:g} %: {db:.2f}" for keep, (_, db) in rows.items()), file=sys.stderr, flush=True)
         return result
 
+    def fit_narrow(self, plain: Fit, width: int) -> Fit:
+        """A plain network like that of ``plain``, but of this width."""
+        return self.fit(plain.task, f"narrow-{width}", replace(plain.config, width=width), (1.0,))
+
     def model(self, fit: Fit) -> Siren:
         """The network of a fit."""
         config = fit.config
@@ -124,12 +130,11 @@ def width_for(config: FitConfig, parameters: int) -> int:
         )
 
 
-def fit_narrow(bench: Bench, base: FitConfig, plain: Fit) -> Fit:
-    """Plain networks of the sizes that compression leaves, each trained at its size."""
+def narrower(plain: Fit, of_width: Callable[[int], Fit]) -> Fit:
+    """Plain networks of the sizes that compression leaves, each trained at its size, as if they were one."""
     rows, fits = {}, []
     for keep, (parameters, _) in plain.rows.items():
-        width = width_for(base, parameters)
-        one = plain if keep == 1 else bench.fit(plain.task, f"narrow-{width}", replace(base, width=width), (1.0,))
+        one = plain if keep == 1 else of_width(width_for(plain.config, parameters))
         rows[keep] = one.rows[1.0]
         fits.append(one)
     return replace(plain, network=NARROW, rows=rows, seconds=sum(fit.seconds for fit in fits))
@@ -147,15 +152,13 @@ def enlarged(config: FitConfig) -> Tensor:
 
 
 def table(fits: Iterable[Fit], extra: Sequence[tuple[str, float]] = ()) -> Table:
-    """Mean PSNR over seeds, a line for each network and a column for each size."""
-    groups = by_network(fits)
-    means = {
-        name: [statistics.fmean(fit.rows[keep][1] for fit in group) for keep in KEEPS] for name, group in groups.items()
-    }
-    rows: list[list[object]] = [[name, len(group), *means[name]] for name, group in groups.items()]
-    rows += [[name, None, value, *[None] * (len(KEEPS) - 1)] for name, value in extra]
-    columns = [f"{100 * keep:g} %" for keep in KEEPS]
-    return Table(["network", "seeds", *columns], rows, dict.fromkeys(columns, ".2f"))
+    """PSNR, mean and standard deviation over seeds, a line for each network and a column for each size."""
+    rows: list[list[object]] = [
+        [name, len(group), *(spread([fit.rows[keep][1] for fit in group]) for keep in KEEPS)]
+        for name, group in by_network(fits).items()
+    ]
+    rows += [[name, None, spread([value]), *[None] * (len(KEEPS) - 1)] for name, value in extra]
+    return Table(["network", "seeds", *("dense" if keep == 1 else f"{100 * keep:g} % kept" for keep in KEEPS)], rows)
 
 
 def by_network(fits: Iterable[Fit]) -> dict[str, list[Fit]]:
@@ -247,9 +250,7 @@ def main() -> None:
         ]
         extra = [("bicubic", bicubic(base))] if base.factor > 1 else []
         if base.factor == 1:
-            found += [
-                fit_narrow(bench, replace(base, seed=fit.config.seed), fit) for fit in found if fit.network == "plain"
-            ]
+            found += [narrower(fit, partial(bench.fit_narrow, fit)) for fit in found if fit.network == "plain"]
         fits[task] = found
         texts += [caption(task, found), table(found, extra).to_markdown()]
     atomic_write(args.results / "results.md", ("\n\n".join(texts) + "\n").encode())

@@ -15,8 +15,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import implicit_report
 import low_rank_speed
 import speed
+import vit_report
 from cifar10_report import DIRECTORIES, by_method, by_network, caption, draw, page, read_results
 from gpu_stages.claims import claims_table
 from gpu_stages.results import over_fused
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GPU = "h200"  # folder of what `gpu.py --out` wrote
+CHAPTERS = {"vit": vit_report.chapter, "implicit": implicit_report.chapter}  # of docs/results.md, behind CIFAR-10's
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 draw(RESULTS / name)
     results = ROOT / "docs" / "results.md"
     texts = {path: fill(path.read_text(encoding="utf-8")) for path in PAGES if path != results}
-    texts[results] = page()
+    texts[results] = page([chapter(RESULTS / name) for name, chapter in CHAPTERS.items() if (RESULTS / name).exists()])
     drifted = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if args.check and drifted:
         names = ", ".join(path.name for path in drifted)
