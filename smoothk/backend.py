@@ -123,12 +123,13 @@ def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 
 def _tensor_obstacle(tensors: Sequence[torch.Tensor], device: str, dtypes: Sequence[torch.dtype]) -> str | None:
     transforms = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
+    plain, on_cpu, strided = (torch.Tensor, torch.nn.Parameter), device == "cpu", torch.strided
     for tensor in tensors:
-        # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if type(tensor) not in plain:
             return f"it takes plain tensors, got {type(tensor).__name__}"
-        if not (tensor.is_cpu if device == "cpu" else tensor.is_cuda) or tensor.layout is not torch.strided:
-            place = "the CPU" if device == "cpu" else "a CUDA device"
+        if not (tensor.is_cpu if on_cpu else tensor.is_cuda) or tensor.layout is not strided:
+            place = "the CPU" if on_cpu else "a CUDA device"
             return f"it takes dense tensors on {place}, got a {tensor.layout} tensor on {tensor.device}"
         if tensor.dtype not in dtypes:
             return f"it takes {', '.join(map(str, dtypes))}, got {tensor.dtype}"

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -79,21 +79,26 @@ def nuclear_op(method: str) -> str:
     return "polar_factors" if method == "polar" else "nuclear_norm"
 
 
-def check_backend(op: str, backend: str | None, tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> None:
-    """Raise what ``op`` raises where ``backend`` cannot run these tensors, before anything is computed.
+def choose_backends(
+    op: str, backend: str | None, tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()
+) -> list[tuple[list[int], str]]:
+    """The groups of `_by_kind`, each with the name of the backend that runs ``op`` on it.
 
     ``grads`` are those that an op is to add into, one per tensor or none; a None stands for one that will be created.
+    Raises whatever ``op`` would raise where ``backend`` cannot run these tensors, before anything is computed.
     """
+    groups = []
     for indices in _by_kind(tensors, grads):
-        into = [grads[i] for i in indices] if grads else []
-        present = [local_part(grad) for grad in into if grad is not None]
-        _backend.choose(op, backend, [local_part(tensors[i]) for i in indices], present)
-        for i in indices:
-            tensor = tensors[i]
-            if is_dtensor(tensor):
-                from .distributed import check_placement
+        group, into = [tensors[i] for i in indices], [grads[i] for i in indices] if grads else []
+        present = [grad for grad in into if grad is not None]
+        if is_dtensor(group[0]):
+            from .distributed import check_placement
 
-                check_placement(tensor, grads[i] if grads else None)
+            for i in indices:
+                check_placement(cast("DTensor", tensors[i]), grads[i] if grads else None)
+            group, present = [local_part(tensor) for tensor in group], [local_part(grad) for grad in present]
+        groups.append((indices, _backend.choose(op, backend, group, present)))
+    return groups
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -117,15 +122,14 @@ def _by_kind(tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> 
     return list(groups.values())
 
 
-def _sum_over_kinds(
-    tensors: Sequence[Tensor],
-    terms: int,
-    values_of: Callable[[list[int]], Tensor],
-    grads: Sequence[Tensor] = (),
-) -> Tensor:
+def _sum_over_kinds(tensors: Sequence[Tensor], terms: int, values_of: Callable[[list[int]], Tensor]) -> Tensor:
     """Sum of ``values_of(indices)``, ``[terms]``, over the groups of `_by_kind`, on the first tensor's device."""
+    return _total(tensors, terms, [values_of(indices) for indices in _by_kind(tensors)])
+
+
+def _total(tensors: Sequence[Tensor], terms: int, values: Sequence[Tensor]) -> Tensor:
     device, dtype = tensors[0].device if tensors else None, reference.result_dtype(tensors)
-    values = [values_of(indices).to(device=device, dtype=dtype) for indices in _by_kind(tensors, grads)]
+    values = [value.to(device=device, dtype=dtype) for value in values]
     return sum(values[1:], values[0]) if values else torch.zeros(terms, dtype=dtype, device=device)
 
 
@@ -228,23 +232,24 @@ def accumulate_difference_penalty(
     normalized: bool,
     eps: float = 1e-8,
     backend: str | None = None,
+    groups: Sequence[tuple[list[int], str]] | None = None,
 ) -> Tensor:
     """Add the gradient of ``Σ coefficients[k] * P_orders[k]`` into ``grads`` in place, without autograd.
 
     ``grads[i]`` has the shape and device of ``weights[i]``; ``coefficients`` is float64, ``[len(orders)]``. Arguments
-    are taken as checked. Returns ``coefficients[k] * P_orders[k]``, ``[len(orders)]``, detached.
+    are taken as checked; ``groups`` is what `choose_backends` says of them, if it was asked before. Returns
+    ``coefficients[k] * P_orders[k]``, ``[len(orders)]``, detached.
     """
 
     options = {"dim": dim, "norm": norm, "normalized": normalized, "eps": eps}
 
-    def values_of(indices: list[int]) -> Tensor:
+    def values_of(indices: list[int], chosen: str) -> Tensor:
         ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
         factors = coefficients.to(ws[0].device)
         if is_dtensor(ws[0]):
             from . import distributed
 
             return distributed.accumulate_difference_penalty(ws, gs, factors, orders, **options, backend=backend)
-        chosen = _backend.choose("difference_penalty", backend, ws, gs)
         if chosen != "torch":
             accumulate = getattr(torch.ops, _NAMESPACES[chosen]).difference_penalty_accumulate_
             return accumulate(gs, ws, factors, orders, dim, norm, normalized, eps)
@@ -258,7 +263,9 @@ def accumulate_difference_penalty(
         grad.add_(torch.autograd.grad(terms, w, factors)[0])
         return factors * terms.detach()
 
-    return _sum_over_kinds(weights, len(orders), values_of, grads)
+    if groups is None:
+        groups = choose_backends("difference_penalty", backend, weights, grads)
+    return _total(weights, len(orders), [values_of(indices, chosen) for indices, chosen in groups])
 
 
 def nuclear_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .backend import NAMES
 from .functional import (
     accumulate_difference_penalty,
-    check_backend,
     check_difference_options,
     check_dim,
+    choose_backends,
     difference_terms,
     local_part,
     nuclear_op,
@@ -137,7 +137,7 @@ class SmoothnessPenalty(nn.Module):
 
     def forward(self) -> Tensor:
         """The penalty, differentiable: 0-dim, float32 (float64 for float64 weights), on the first weight's device."""
-        weights, kind = self._active(), self._result_kind
+        weights, kind = self._active()
         if self._is_off or not weights:
             total = torch.zeros((), **kind)
             for weight in weights.values():  # differentiable, with a gradient of zeros
@@ -158,14 +158,22 @@ class SmoothnessPenalty(nn.Module):
             ValueError: a ``.grad`` is an expanded tensor, of which several entries are one; nothing has been changed.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
-        weights, kind = self._active(), self._result_kind
+        weights, kind = self._active()
+        orders, has_nuclear = self._orders, self.coefficients["nuclear"] != 0
         if self._is_off or not weights:
             return torch.zeros((), **kind)
-        self._check(weights)
+        # Whatever could raise comes before anything is written.
+        _check_grads(weights)
+        # A weight too short for every order keeps even a missing .grad.
+        rows = [w for w in weights.values() if orders and (w.grad is not None or axes_of(w, self.dim, min(orders)))]
+        groups = choose_backends("difference_penalty", self.backend, rows, [weight.grad for weight in rows])
+        if has_nuclear:
+            choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, list(weights.values()))
         scaled, terms = self._scaled_on(kind["device"]), []
-        if self._orders:
-            terms.append(self._accumulate_differences(list(weights.values()), scaled[: len(self._orders)]))
-        if self.coefficients["nuclear"]:
+        if orders:
+            into, options = _grads(rows), {**self._difference_options, "groups": groups}
+            terms.append(accumulate_difference_penalty(rows, into, scaled[: len(orders)], orders, **options))
+        if has_nuclear:
             grads = dict(zip(weights, _grads(weights.values()), strict=True))
             terms.append((scaled[-1] * self._nuclear.accumulate(weights, grads, scaled[-1])).view(1))
         (whole, *others) = [term.to(**kind) for term in terms]
@@ -181,7 +189,7 @@ class SmoothnessPenalty(nn.Module):
         names = [name for name, value in self.coefficients.items() if value]
         return {
             name: dict(zip(names, self._terms({name: weight}, self._nuclear.exact), strict=True) if names else ())
-            for name, weight in self._active().items()
+            for name, weight in self._active()[0].items()
         }
 
     @property
@@ -193,16 +201,12 @@ class SmoothnessPenalty(nn.Module):
         # Compiled code reads only tensors, so that a new scale does not compile it again.
         return not any(self.coefficients.values()) or (not torch.compiler.is_compiling() and self._scale == 0)
 
-    def _active(self) -> dict[str, nn.Parameter]:
-        """The penalised parameters that are not frozen, by name."""
+    def _active(self) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
+        """The penalised parameters that are not frozen, by name, and dtype and device of results, which freezing does
+        not change."""
         current = {weight.name: weight.current for weight in self._weights}
-        return {name: weight for name, weight in current.items() if weight.requires_grad}
-
-    @property
-    def _result_kind(self) -> dict[str, Any]:
-        """The result's dtype and device, which freezing weights does not change."""
-        weights = [weight.current for weight in self._weights]
-        return {"dtype": result_dtype(weights), "device": weights[0].device}
+        kind = {"dtype": result_dtype(current.values()), "device": next(iter(current.values())).device}
+        return {name: weight for name, weight in current.items() if weight.requires_grad}, kind
 
     def _scaled_on(self, device: torch.device) -> Tensor:
         """``scale * λ`` of the terms whose coefficient is not 0, float64 where ``device`` has it."""
@@ -226,26 +230,16 @@ class SmoothnessPenalty(nn.Module):
     def _difference_options(self) -> dict[str, Any]:
         return {"dim": self.dim, "norm": self.norm, "normalized": self.normalized, "backend": self.backend}
 
-    def _check(self, weights: dict[str, nn.Parameter]) -> None:
-        """Raise whatever would stop `accumulate_grad` half-way."""
-        for name, weight in weights.items():
-            if weight.grad is not None and weight.grad.layout != torch.strided:
-                raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {weight.grad.layout}")
-            if weight.grad is not None and _is_expanded(weight.grad):
-                raise ValueError(f".grad of {name} must not be an expanded tensor, got strides {weight.grad.stride()}")
-        tensors = list(weights.values())
-        if self._orders:
-            check_backend("difference_penalty", self.backend, tensors, [weight.grad for weight in tensors])
-        if self.coefficients["nuclear"]:
-            check_backend(nuclear_op(self._nuclear.options["method"]), self.backend, tensors)
 
-    def _accumulate_differences(self, weights: Sequence[nn.Parameter], coefficients: Tensor) -> Tensor:
-        # A weight too short for every order keeps even a missing .grad.
-        least = min(self._orders)
-        weights = [w for w in weights if w.grad is not None or axes_of(w, self.dim, least)]
-        return accumulate_difference_penalty(
-            weights, _grads(weights), coefficients, self._orders, **self._difference_options
-        )
+def _check_grads(weights: Mapping[str, nn.Parameter]) -> None:
+    for name, weight in weights.items():
+        grad = weight.grad
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
+            raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {grad.layout}")
+        if _is_expanded(grad):
+            raise ValueError(f".grad of {name} must not be an expanded tensor, got strides {grad.stride()}")
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def result_dtype(weights: Sequence[Tensor]) -> torch.dtype:
+def result_dtype(weights: Iterable[Tensor]) -> torch.dtype:
     """dtype of a penalty over ``weights``: float64 if any of them is, else float32."""
     return torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
 
