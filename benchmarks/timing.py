@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -66,6 +67,26 @@ def sample(run: Run | Elsewhere, device: torch.device, calls: int = 1) -> tuple[
 
 def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Freed memory stays with the process, where the C library is GNU's.
+
+    It is given back where it lies at the end of the heap, and page faults fetch it again: in a network that can take
+    half of a call, or nothing, as the heap happens to lie.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    trim, mmap, usual, largest = -1, -3, 128 << 10, 32 << 20  # malloc.h; mmap takes no threshold above
+    libc.mallopt(trim, 1 << 30), libc.mallopt(mmap, largest)
+    try:
+        yield
+    finally:
+        libc.mallopt(trim, usual), libc.mallopt(mmap, usual)
+        libc.malloc_trim(0)
 
 
 def interleave(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import math
@@ -115,6 +116,20 @@ def test_peak_memory_is_what_is_held_at_once(mebibytes: int) -> None:
     run()
     found = module("timing").peak_extra_bytes(run, CPU)
     assert mebibytes << 20 <= found["peak_extra_bytes"] < (mebibytes << 20) + 1000
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not the GNU C library")
+def test_freed_memory_is_kept() -> None:
+    timing = module("timing")
+
+    def pages_of_a_call() -> float:
+        run = lambda: torch.ones(6 << 20)  # noqa: E731 -- 24 MiB, 6,144 pages
+        run()
+        return timing.sample(run, CPU)[1]
+
+    with timing.freed_memory_kept():
+        assert pages_of_a_call() < 100
+    assert pages_of_a_call() > 5000
 
 
 def test_memory_that_is_not_torchs_shows_in_the_resident_set() -> None:

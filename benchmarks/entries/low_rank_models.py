@@ -4,7 +4,8 @@ Compressed sides are checked against the compressed network in float64, dense on
 library's sides get what it offers: channels_last, and batch norm folded into the convolution before it; so does the
 pair, as plain torch layers. ``smoothk, optimised`` is what `smoothk.optimize_for_inference` makes of the network.
 Before every sample of inference the side runs once untimed: the caches hold what they hold in a loop over images, not
-the weights of the side before.
+the weights of the side before. Freed memory stays with the process, so that no side takes page faults by the luck of
+the heap.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from conv_networks import ResNet50
 from harness import Case, Side, Unavailable
-from timing import Run
+from timing import Run, freed_memory_kept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,13 +110,14 @@ def cases(options: Any) -> Iterator[Case]:
     most = MOST_GFLOP if options.most_gflop is None else options.most_gflop
     problem = Problem(options.weight_set, options.device, options.dtype)
     batches = options.batches or BATCHES
-    for mode in options.passes or CONVOLUTIONS:
-        for batch in batches if mode == "forward" else [max(batches)]:
-            gflop = 2e-9 * problem.macs * batch * CONVOLUTIONS[mode]
-            if gflop > most:
-                print(f"left out: {mode} at batch {batch}: {gflop:.0f} GFLOP a call, --most-gflop {most:g}")
-            else:
-                yield problem.inference(batch) if mode == "forward" else problem.training(batch)
+    with freed_memory_kept():
+        for mode in options.passes or CONVOLUTIONS:
+            for batch in batches if mode == "forward" else [max(batches)]:
+                gflop = 2e-9 * problem.macs * batch * CONVOLUTIONS[mode]
+                if gflop > most:
+                    print(f"left out: {mode} at batch {batch}: {gflop:.0f} GFLOP a call, --most-gflop {most:g}")
+                else:
+                    yield problem.inference(batch) if mode == "forward" else problem.training(batch)
 
 
 class Problem:
