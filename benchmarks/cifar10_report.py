@@ -96,9 +96,9 @@ def pivot(
 
 
 def drops(comparison: Comparison) -> Table:
-    """Points below dense of SVD with global ranks, data-free / recalibrated / planned on images, with their spread."""
+    """Points below dense of SVD with global ranks, data-free / recalibrated / calibrated, with their spread."""
     groups = comparison.groups()
-    columns = ["network", "kept %", "data-free", "recalibrated", "planned on images"]
+    columns = ["network", "kept %", "data-free", "recalibrated", "calibrated"]
     lines = []
     for name, label in {row.network: row.label for row in comparison.rows}.items():
         for keep in sorted({row.keep for row in comparison.rows}, reverse=True):
@@ -223,7 +223,7 @@ def draw_drops(comparison: Comparison, path: Path, lowest: float = 8.0) -> None:
     networks = {row.network: row.label for row in comparison.rows}
     panels = [("svd", "drop", "data-free"), ("svd", "drop_recalibrated", "batch norm recalibrated")]
     if any(row.method == "svd-images" for row in comparison.rows):
-        panels.append(("svd-images", "drop_recalibrated", "planned on images, recalibrated"))
+        panels.append(("svd-images", "drop_recalibrated", "calibrated"))
     with figures.styled_figure(path, 1, len(panels), 3.4, sharey=True) as (figure, axes):
         for axis, (method, field, title) in zip(axes[0], panels, strict=True):
             for index, (network, label) in enumerate(networks.items()):
@@ -295,7 +295,8 @@ def _chapter(directory: Path, added: str) -> str:
             parts.append(f"![Accuracy against parameters, all methods]({pictures}/methods_{name}.png)")
     parts += [
         "### Points below dense",
-        "SVD with global ranks; mean and standard deviation over seeds.",
+        "SVD with global ranks; mean and standard deviation over seeds. Calibrated: ranks planned and factors refitted "
+        "on unlabelled images (`compress(calibration=...)`), no gradient step on weights.",
         drops(comparison).to_markdown(),
         f"![Points below dense]({pictures}/accuracy.png)",
         "### Do pruning and folding do better on smooth networks?",

@@ -131,7 +131,7 @@ def test_tables_hold_the_means() -> None:
     assert cifar10_report.by_method(comparison, "plain").rows[0] == [
         "SVD, global ranks", 2, 90.0, "89.50 / 90.00", "79.50 / 80.00",
     ]  # fmt: skip
-    assert cifar10_report.by_method(comparison, "plain").rows[1][0] == "SVD, planned on images †"
+    assert cifar10_report.by_method(comparison, "plain").rows[1][0] == "SVD, calibrated †"
     drops = cifar10_report.drops(comparison).rows
     assert drops[0] == ["plain", 30.0, "0.50 ± 0.71", "0.00 ± 0.71", "0.50 ± 0.71"]
     assert drops[-1][2:] == ["10.20", "9.70", "10.20"]
