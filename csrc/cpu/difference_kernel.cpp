@@ -103,7 +103,7 @@ SMOOTHK_INLINE void unrolled(F f) {
 
 // Entries [begin, end) of one row. G: type of the gradient, void for none.
 template <class Phi, int64_t Orders, Kind K, class G, class T>
-SMOOTHK_INLINE void along_row(const Stencil<T>& stencil, int64_t begin, int64_t end, double* sums) {
+void along_row(const Stencil<T>& stencil, int64_t begin, int64_t end, double* sums) {
   using C = Compute<T>;
   constexpr bool masked = K != Kind::kInside, gradient = !std::is_void_v<G>;
   constexpr bool first = Orders & 1, second = Orders & 2;
@@ -160,7 +160,7 @@ SMOOTHK_INLINE void along_row(const Stencil<T>& stencil, int64_t begin, int64_t 
 }
 
 template <class Phi, int64_t Orders, Kind K, class G, class T>
-SMOOTHK_INLINE void row(const Stencil<T>& stencil, int64_t count, double* sums) {
+void row(const Stencil<T>& stencil, int64_t count, double* sums) {
   for (int64_t begin = 0; begin < count; begin += kSummed) {
     along_row<Phi, Orders, K, G>(stencil, begin, least(count, begin + kSummed), sums);
   }
@@ -210,7 +210,7 @@ SMOOTHK_INLINE void down_block(const Stencil<T>& s, const T* w, int64_t pitch, G
 }
 
 template <class Phi, int64_t Orders, class G, class T>
-SMOOTHK_INLINE void block(const Stencil<T>& stencil, int64_t count, double* sums) {
+void block(const Stencil<T>& stencil, int64_t count, double* sums) {
   using C = Compute<T>;
   const Stencil<T> s = stencil;
   const int64_t pitch = s.pitch, out_pitch = std::is_same_v<T, C> ? pitch : s.out_pitch;  // one for both
@@ -249,7 +249,7 @@ SMOOTHK_INLINE void block(const Stencil<T>& stencil, int64_t count, double* sums
 }
 
 template <class Phi, int64_t Orders, class T>
-SMOOTHK_INLINE void with_kind(Kind kind, const Stencil<T>& stencil, int64_t count, double* sums) {
+void with_kind(Kind kind, const Stencil<T>& stencil, int64_t count, double* sums) {
   using C = Compute<T>;
   const bool gradient = stencil.out != nullptr;
   switch (kind) {
@@ -267,7 +267,7 @@ SMOOTHK_INLINE void with_kind(Kind kind, const Stencil<T>& stencil, int64_t coun
 }
 
 template <class Phi, class T>
-SMOOTHK_INLINE void with_orders(int64_t orders, Kind kind, const Stencil<T>& stencil, int64_t count, double* sums) {
+void with_orders(int64_t orders, Kind kind, const Stencil<T>& stencil, int64_t count, double* sums) {
   switch (orders) {
     case 1:
       return with_kind<Phi, 1>(kind, stencil, count, sums);
