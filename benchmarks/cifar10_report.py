@@ -44,10 +44,12 @@ def read_results(directory: Path) -> Comparison:
     return merge(sorted(parts, key=lambda part: (ORDER.index(part.rows[0].network), part.rows[0].seed)))
 
 
-def by_network(comparison: Comparison, method: str) -> Table:
-    """A line for each network, a column for each size."""
+def by_network(comparison: Comparison) -> Table:
+    """A line for each network under SVD with global ranks, one more where it was calibrated, a column for each size."""
     networks = {row.network: row.label for row in comparison.rows}
-    return pivot(comparison, "network", [(label, (method, name)) for name, label in networks.items()])
+    methods = {"svd": "", "svd-images": ", calibrated"}
+    lines = [(label + more, (method, name)) for name, label in networks.items() for method, more in methods.items()]
+    return pivot(comparison, "network", lines)
 
 
 def by_method(comparison: Comparison, network: str) -> Table:
@@ -73,6 +75,8 @@ def _cell(rows: Sequence[Row]) -> str:
         return ""
     if any(row.accuracy is None for row in rows):
         return "unreachable"
+    if rows[0].method == "svd-images":  # it has recalibrated batch norm already
+        return f"{mean(rows, 'accuracy'):.2f}"
     return f"{mean(rows, 'accuracy'):.2f} / {mean(rows, 'accuracy_recalibrated'):.2f}"
 
 
@@ -141,10 +145,13 @@ def cost(comparison: Comparison, latency: dict[str, Any] | None, network: str = 
 
 def caption(comparison: Comparison) -> str:
     """What the numbers are, of which images, and where they were measured."""
-    return (
+    text = (
         f"Test accuracy in %, data-free / after batch norm was recalibrated on {comparison.calibration_images:,} "
-        f"unlabelled training images; no gradient step in either. {setting(comparison)}"
+        f"unlabelled training images; no gradient step in either. "
     )
+    if any(row.method == "svd-images" for row in comparison.rows):
+        text += "Calibrated: ranks planned and factors refitted on the same images, one number. "
+    return text + setting(comparison)
 
 
 def setting(comparison: Comparison) -> str:

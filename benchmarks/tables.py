@@ -40,7 +40,7 @@ def read(name: str) -> Comparison:
 
 
 def _networks(comparison: Comparison) -> str:
-    return f"{by_network(comparison, 'svd').to_markdown()}\n\n{caption(comparison)}"
+    return f"{by_network(comparison).to_markdown()}\n\n{caption(comparison)}"
 
 
 def _gpu(entry: str, step: str, table: Callable[[Sequence[speed.Record]], Table], dtype: str = "float32") -> str:
