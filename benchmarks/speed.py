@@ -134,18 +134,23 @@ def step_table(results: Sequence[Record]) -> Table:
 
 
 def provenance(results: Sequence[Record]) -> str:
-    """One line: the fewest samples of a side, and of the first result which code, on which machine, when."""
-    result = results[0]
-    versions, machine = result["provenance"]["versions"], result["provenance"]["machine"]
+    """One line: the fewest samples of a side, by which code, and where and when, of each set if that differs."""
+    versions = results[0]["provenance"]["versions"]
     cases = [case for each in results for case in each["cases"]]
     samples = min(
         side["samples"] if "samples" in side else len(side["samples_ms"])
         for case in cases
         for side in timed(case).values()
     )
+    places: dict[str, list[str]] = {}
+    for result in results:
+        machine, date = result["provenance"]["machine"], result["provenance"]["date"]
+        place = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {date}"
+        places.setdefault(place, []).append(result["set"]["title"])
+    where = [f"{place} ({', '.join(sets)})" if len(places) > 1 else place for place, sets in places.items()]
     return (
-        f"At least {samples} samples, {result['dtype']}, smoothk {versions['smoothk']}, torch {versions['torch']}, "
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {result['provenance']['date']}"
+        f"At least {samples} samples, {results[0]['dtype']}, smoothk {versions['smoothk']}, torch {versions['torch']}, "
+        + "; ".join(where)
     )
 
 

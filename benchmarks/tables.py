@@ -80,7 +80,7 @@ def _speed(entry: str, table: Callable[[Sequence[speed.Record]], Table], note: s
 
 DIFFERENCE_NOTE = (
     "Value and gradient into `.grad` of all conv and linear weights, l2; median of paired, interleaved samples (10th "
-    "to 90th percentile). The milliseconds are those of one machine. In its own process a side allocates as in a "
+    "to 90th percentile). The milliseconds are those of the machine. In its own process a side allocates as in a "
     "script, where temporaries come from fresh memory."
 )
 NUCLEAR_NOTE = (
