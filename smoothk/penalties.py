@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,17 +162,22 @@ class SmoothnessPenalty(nn.Module):
         orders, has_nuclear = self._orders, self.coefficients["nuclear"] != 0
         if self._is_off or not weights:
             return torch.zeros((), **kind)
-        # Whatever could raise comes before anything is written.
+        # What can raise by the weights alone comes before anything is written.
         _check_grads(weights)
-        # A weight too short for every order keeps even a missing .grad.
-        rows = [w for w in weights.values() if orders and (w.grad is not None or axes_of(w, self.dim, min(orders)))]
-        groups = choose_backends("difference_penalty", self.backend, rows, [weight.grad for weight in rows])
+        tensors, groups = list(weights.values()), []
+        if orders:
+            groups = choose_backends("difference_penalty", self.backend, tensors, [weight.grad for weight in tensors])
         if has_nuclear:
-            choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, list(weights.values()))
+            choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, tensors)
         scaled, terms = self._scaled_on(kind["device"]), []
         if orders:
-            into, options = _grads(rows), {**self._difference_options, "groups": groups}
-            terms.append(accumulate_difference_penalty(rows, into, scaled[: len(orders)], orders, **options))
+            # A weight too short for every order keeps even a missing .grad.
+            wanted = {i for i, w in enumerate(tensors) if w.grad is not None or axes_of(w, self.dim, min(orders))}
+            groups = [([i for i in indices if i in wanted], chosen) for indices, chosen in groups]
+            options = {**self._difference_options, "groups": [group for group in groups if group[0]]}
+            _grads(tensors[i] for i in wanted)
+            into = cast("list[Tensor]", [weight.grad for weight in tensors])  # the others are in no group
+            terms.append(accumulate_difference_penalty(tensors, into, scaled[: len(orders)], orders, **options))
         if has_nuclear:
             grads = dict(zip(weights, _grads(weights.values()), strict=True))
             terms.append((scaled[-1] * self._nuclear.accumulate(weights, grads, scaled[-1])).view(1))

@@ -158,8 +158,9 @@ def _eigenvectors(w: Tensor, cut: float, noise: float) -> tuple[Tensor, Tensor, 
         cut: the threshold, or 0 for that of `_threshold`.
         noise: bound on the error of the singular values that comes with ``w``.
     """
-    # Of many rows that were rounded before: float64 costs as much as a new start, and seldom settles what float32 left.
-    dtypes = (torch.float32, torch.float64) if not cut else (torch.float32,) if len(w) > 128 else (torch.float64,)
+    dtypes: tuple[torch.dtype, ...] = torch.float32, torch.float64
+    if cut:  # rows that were rounded before: with many, float64 costs as much as a new start and seldom settles more
+        dtypes = (torch.float32,) if len(w) > 128 else (torch.float64,)
     for dtype in dtypes:
         squares, u = torch.linalg.eigh(_gram(w.to(dtype)))
         s = squares.double().clamp_min(0).sqrt()

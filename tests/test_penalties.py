@@ -263,6 +263,13 @@ def test_weights_too_short_keep_a_missing_gradient(backend: str | None) -> None:
     assert torch.equal(one.weight.grad, torch.zeros_like(one.weight))
 
 
+def test_a_backend_that_cannot_run_is_named_even_if_no_weight_is_long_enough() -> None:
+    one = nn.Linear(3, 1, bias=False, device="meta")
+    with pytest.raises(smoothk.BackendUnavailable, match="'cpp' cannot run difference_penalty"):
+        SmoothnessPenalty(one, backend="cpp").accumulate_grad()
+    assert one.weight.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights(dtype: torch.dtype) -> None:
     model = small_model(dtype)

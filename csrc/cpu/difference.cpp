@@ -354,7 +354,7 @@ class Evaluation {
     for (Weight<T>& weight : weights_) {
       const int64_t span = weight.block < 0 ? 0 : weight.axes[weight.block].span,
                     block = std::max(kBlock * span, int64_t{1});
-      const int64_t size = block > 4 * kTile ? kTile : std::max(kTile / block, int64_t{1}) * block;
+      const int64_t size = block > kBlock * kTile ? kTile : std::max(kTile / block, int64_t{1}) * block;
       int64_t end = size % block == 0 ? options_.reach() * span : 0;  // the first rows are in no block
       for (int64_t begin = 0; begin < weight.size; begin = end) {
         end = std::min(weight.size, end + size);
@@ -440,8 +440,7 @@ PerOrder evaluate(const DifferenceOptions& options, const std::vector<Difference
 
 const char* simd() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr const char* names[] = {"", "x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"};
-  return names[x86_64_level()];
+  return x86_64_level() == 4 ? "x86-64-v4" : x86_64_level() == 3 ? "x86-64-v3" : "x86-64";
 #elif defined(__aarch64__)
   return "neon";
 #else
