@@ -74,7 +74,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Freed memory stays with the process, where the C library is GNU's.
 
     It is given back where it lies at the end of the heap, and page faults fetch it again: in a network that can take
-    half of a call, or nothing, as the heap happens to lie.
+    half of a call, or nothing, as the heap happens to lie. Blocks of 32 MiB and more are mapped anew all the same.
+    Afterwards the thresholds are those of a new process, but do not adapt any more: no call undoes that.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

@@ -213,7 +213,7 @@ template <class Phi, int64_t Orders, class G, class T>
 void block(const Stencil<T>& stencil, int64_t count, double* sums) {
   using C = Compute<T>;
   const Stencil<T> s = stencil;
-  const int64_t pitch = s.pitch, out_pitch = std::is_same_v<T, C> ? pitch : s.out_pitch;  // one for both
+  const int64_t pitch = s.pitch, out_pitch = std::is_same_v<T, C> ? pitch : s.out_pitch;  // one register less
   const T* w = s.row[2];
   G* out = static_cast<G*>(s.out);
   if constexpr (std::is_same_v<T, C>) {  // compilers do worse here: they read the rows several times
