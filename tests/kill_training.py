@@ -1,6 +1,8 @@
 """Kills training with SIGKILL at random moments, every second time as a checkpoint is being written, resumes it, and
 counts what is not as it has to be.
 
+So that no busy machine is too late for a write, the process waits for its kill before the file gets its name.
+
 ``python tests/kill_training.py COUNT [SEED]`` prints JSON: the kills, how many of them hit a write (its temporary file
 is left), damaged files found, runs that reached their end, and those whose model differs in a bit from that of a run
 that nobody disturbed. Exit code 1 unless the last and the damaged files are 0.
@@ -50,11 +52,19 @@ def config(out_dir: Path) -> TrainConfig:
     )
 
 
-def start(out_dir: Path) -> int:
+def stop_before_rename(event: str, args: tuple[object, ...]) -> None:
+    """An audit hook: the process stops where a checkpoint is written, but not yet in its place."""
+    if event == "os.rename" and Path(str(args[1])).name == "checkpoint.pt":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def start(out_dir: Path, *, writing: bool = False) -> int:
     """Resume the run in a process of its own, a copy of this one: nothing has to be imported again."""
     child = os.fork()
     if child:
         return child
+    if writing:
+        sys.addaudithook(stop_before_rename)
     code = 1
     try:
         train(config(out_dir), resume=True, progress=False)
@@ -63,12 +73,9 @@ def start(out_dir: Path) -> int:
         os._exit(code)
 
 
-def wait(rng: random.Random, child: int, out_dir: Path, longest: float, *, writing: bool) -> None:
-    """Until a random moment or, after the next write of a checkpoint has begun, a random moment in it."""
-    if not writing:
-        time.sleep(rng.uniform(0, longest))
-        return
-    while not any(out_dir.glob(".checkpoint.pt.*.tmp")):
+def wait_for_write(rng: random.Random, child: int, out_dir: Path, leftovers: set[Path]) -> None:
+    """Until a random moment of the next write of a checkpoint, or the end of the run."""
+    while leftovers.issuperset(out_dir.glob(".checkpoint.pt.*.tmp")):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.0002)
@@ -104,9 +111,12 @@ def main(count: int, seed: int = 0) -> dict[str, object]:
     problems: list[str] = []
     out_dir = folder / "run"
     while kills < count:
-        leftovers = set(out_dir.glob(".*.tmp"))
-        child = start(out_dir)
-        wait(rng, child, out_dir, longest, writing=kills % 2 == 1)
+        leftovers, writing = set(out_dir.glob(".*.tmp")), kills % 2 == 1
+        child = start(out_dir, writing=writing)
+        if writing:
+            wait_for_write(rng, child, out_dir, leftovers)
+        else:
+            time.sleep(rng.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == -signal.SIGKILL:
