@@ -41,6 +41,7 @@ faults: $(READY)
 # mypy reads the types of torch and of what else the package imports.
 lint: $(READY) .venv/ready-lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --exclude '*.md' .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/*/*))
 

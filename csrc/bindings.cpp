@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "difference.h"
+#include "cpu/simd.h"
 #include "low_rank_conv.h"
 
 #if defined(__clang__)
@@ -25,9 +27,16 @@ pybind11::dict build_info() {
   info["compiler"] = SMOOTHK_COMPILER;
   info["flags"] = SMOOTHK_BUILD_FLAGS;
   info["cxx_standard"] = __cplusplus / 100 % 100;
-  info["simd"] = smoothk::cpu::simd();
+  info["simd"] = smoothk::cpu::simd_sets()[smoothk::cpu::simd_index()];
   info["torch"] = SMOOTHK_TORCH_VERSION;
   return info;
+}
+
+void use_simd(const std::string& name) {
+  const auto& sets = smoothk::cpu::simd_sets();
+  const auto found = std::find(sets.begin(), sets.end(), name);
+  if (found == sets.end()) throw std::invalid_argument("name must be one of simd_sets(), got '" + name + "'");
+  smoothk::cpu::use_simd(static_cast<int>(found - sets.begin()));
 }
 
 // A hash of `size` bytes at `address`: of all of them, or of 64 words spread over them where they are many.
@@ -54,6 +63,8 @@ int64_t packed_size(const std::vector<int64_t>& v_shape, const std::vector<int64
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of smoothk";
   m.def("build_info", &build_info, "How this extension was built, and the instruction set its kernels use here.");
+  m.def("simd_sets", &smoothk::cpu::simd_sets, "Instruction sets that the kernels have here, the best one last.");
+  m.def("use_simd", &use_simd, "Use another one from now on; for tests, and only while no kernel runs.");
   m.def("sample_bits", &sample_bits, "Hash of the bytes at an address, or of 64 words of them where they are many.");
   m.def("low_rank_conv_packed_size", &packed_size, "Numbers that the packed form of factors of these shapes has.");
 }

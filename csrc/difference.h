@@ -49,8 +49,5 @@ namespace cpu {
 PerOrder difference(const DifferenceOptions& options, const std::vector<DifferenceTensor>& tensors,
                     const ParallelFor& parallel_for);
 
-// Instruction set that the kernels use on this machine.
-const char* simd();
-
 }  // namespace cpu
 }  // namespace smoothk

@@ -1,7 +1,7 @@
 """The API reference, docs/api.md, made from the docstrings.
 
-    python docs/make_api.py            # rewrites it
-    python docs/make_api.py --check    # exits 1 if it has drifted
+python docs/make_api.py            # rewrites it
+python docs/make_api.py --check    # exits 1 if it has drifted
 """
 
 from __future__ import annotations

@@ -43,4 +43,3 @@ def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = 
     finally:
         for module, mode in modes.items():
             module.training = mode
-

@@ -200,9 +200,7 @@ def test_reruns_have_the_same_bits(norm: str) -> None:
 @pytest.mark.parametrize(("norm", "normalized"), [("l2", False), ("l2", True), ("l21", False)])
 def test_a_launch_leaves_its_tables_as_they_were(norm: str, normalized: bool, launches: list[dict[str, Any]]) -> None:
     weights = [randn(9, 520), randn(40, 700), randn(5)]
-    terms = [
-        torch.ops.smoothk_triton.difference_penalty(weights, [1, 2], [0], norm, normalized, EPS) for _ in range(3)
-    ]
+    terms = [torch.ops.smoothk_triton.difference_penalty(weights, [1, 2], [0], norm, normalized, EPS) for _ in range(3)]
     assert len({launch["tickets"].data_ptr() for launch in launches}) == 1
     assert not launches[0]["tickets"].any()
     assert all(torch.equal(term, terms[0]) for term in terms)

@@ -236,7 +236,7 @@ def test_summaries_of_compute_sanitizer(printed: str, found: tuple[Any, ...]) ->
     assert result["first"] is None if found[2] is None else result["first"].startswith(found[2])
 
 
-RAW = '''==PROF== Connected to process 71
+RAW = """==PROF== Connected to process 71
 "ID","Process ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum","dram__bytes.sum",\
 "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed","sm__throughput.avg.pct_of_peak_sustained_elapsed",\
 "sm__warps_active.avg.pct_of_peak_sustained_active","launch__registers_per_thread","launch__grid_size",\
@@ -246,12 +246,12 @@ RAW = '''==PROF== Connected to process 71
 "1","71","difference_kernel","(128, 1, 1)","(2,741, 1, 1)","42,000","126,000,000","n/a","20.1","37","96","2,741","0"
 "2","71","low_rank_conv_kernel<2, 1>(LowRankConvLaunch)","(128, 1, 1)","(8, 1, 1)","9,000","","","","","","8","31.5"
 ==PROF== Disconnected from process 71
-'''
-DETAILS = '''"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"""
+DETAILS = """"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
 "0","update_kernel","x","gpu__time_duration.sum","ns","1,500"
 "0","update_kernel","x","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active","%","(!) n/a"
 "1","update_kernel","x","gpu__time_duration.sum","ns","2,500"
-'''
+"""
 
 
 def test_tables_of_ncu() -> None:

@@ -194,9 +194,7 @@ class ByOperator:
         numbers += [sizes.stride_h, sizes.stride_w, sizes.pad_h, sizes.pad_w]
         numbers += [sizes.dilation_h, sizes.dilation_w, sizes.out_height, sizes.out_width]
         packed = self.ops.low_rank_conv_pack(*factors, 1)
-        found, found_z = self.ops.low_rank_conv_fused(
-            input, packed, bias, residual, numbers, relu, True, z is not None
-        )
+        found, found_z = self.ops.low_rank_conv_fused(input, packed, bias, residual, numbers, relu, True, z is not None)
         output.copy_(found)
         if z is not None:
             z.copy_(found_z)

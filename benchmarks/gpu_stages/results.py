@@ -42,9 +42,7 @@ def cases_of(out: Path, stage: str, step: str, weights: str | None = None, dtype
     ]
 
 
-def side_number(
-    stage: str, step: str, weights: str, case: str, side: str, number: Callable[[Record], float]
-) -> Reader:
+def side_number(stage: str, step: str, weights: str, case: str, side: str, number: Callable[[Record], float]) -> Reader:
     """A number of one side."""
 
     def read(out: Path) -> float | str | None:

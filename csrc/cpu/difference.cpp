@@ -8,16 +8,12 @@
 #include <cmath>
 
 #include "difference_kernel.h"
-#include "instruction_set.h"
+#include "simd.h"
 
 namespace smoothk::cpu {
 namespace {
 
-const DifferenceKernels& kernels = SMOOTHK_BEST(kDifference);
-template <class T>
-const DifferenceLoops<T>& loops() {
-  return kernels;
-}
+constexpr const DifferenceKernels* kCopies[] = SMOOTHK_COPIES(kDifference);
 
 // Entries. They depend on nothing but shapes, and so does the order of all sums.
 constexpr int64_t kTile = 65536;
@@ -132,7 +128,7 @@ class Tile {
         out[r] = weight_.narrow_grad + at;
       } else {
         out[r] = wide + r * kChunk;
-        loops<T>().widen(weight_.narrow_grad + at, wide + r * kChunk, count);
+        loops_.widen(weight_.narrow_grad + at, wide + r * kChunk, count);
       }
     }
     for (size_t a = 0; a < weight_.axes.size(); ++a) {
@@ -148,11 +144,11 @@ class Tile {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = offset + r * stride;
-      if (!gradient_ && options_.normalized) partial_.squares += loops<T>().sum_of_squares(weight_.data + at, count);
+      if (!gradient_ && options_.normalized) partial_.squares += loops_.sum_of_squares(weight_.data + at, count);
       if (gradient_ && weight_.decay != 0) {
-        loops<T>().add_scaled(static_cast<C*>(out[r]), weight_.decay, weight_.data + at, count);
+        loops_.add_scaled(static_cast<C*>(out[r]), weight_.decay, weight_.data + at, count);
       }
-      if (widened) loops<T>().narrow(wide + r * kChunk, weight_.narrow_grad + at, count);
+      if (widened) loops_.narrow(wide + r * kChunk, weight_.narrow_grad + at, count);
     }
   }
 
@@ -182,7 +178,7 @@ class Tile {
     stencil.out_pitch = out_pitch;
     stencil.narrow = narrow;
     set_differences(stencil, axis, q / axis.span % axis.length, kBlock);
-    loops<T>().sweep(options_.norm, options_.orders, Kind::kBlock, stencil, count, partial_.value.data());
+    loops_.sweep(options_.norm, options_.orders, Kind::kBlock, stencil, count, partial_.value.data());
   }
 
   // By runs of entries that lie in the same differences, or in all there can be.
@@ -203,8 +199,8 @@ class Tile {
       stencil.out = out;
       set_differences(stencil, axis, i, 1);
       PerOrder sums{};
-      loops<T>().sweep(options_.norm, options_.orders, inside ? Kind::kInside : Kind::kMasked, stencil, length,
-                       sums.data());
+      loops_.sweep(options_.norm, options_.orders, inside ? Kind::kInside : Kind::kMasked, stencil, length,
+                   sums.data());
       for (int order = 0; order < 2; ++order) {
         double& sum =
             grouped() ? partial_.groups[a][order][(row - begin_ / axis.span) % axis.length] : partial_.value[order];
@@ -237,8 +233,8 @@ class Tile {
       }
       if (grouped()) stencil.squares[order - 1] = squares_[a][order - 1].data() + (q - begin_) % axis.period();
     }
-    loops<T>().sweep(options_.norm, options_.orders, grouped() ? Kind::kGrouped : Kind::kMasked, stencil, count,
-                     partial_.value.data());
+    loops_.sweep(options_.norm, options_.orders, grouped() ? Kind::kGrouped : Kind::kMasked, stencil, count,
+                 partial_.value.data());
   }
 
   void reserve_groups() {
@@ -275,6 +271,7 @@ class Tile {
   const bool gradient_;
   const int64_t begin_, end_;
   Partial& partial_;
+  const DifferenceLoops<T>& loops_ = *kCopies[simd_index()];
   std::vector<std::array<std::vector<C>, 2>> squares_;
 };
 
@@ -437,16 +434,6 @@ PerOrder evaluate(const DifferenceOptions& options, const std::vector<Difference
 }
 
 }  // namespace
-
-const char* simd() {
-#if defined(__x86_64__) && defined(__linux__)
-  return x86_64_level() == 4 ? "x86-64-v4" : x86_64_level() == 3 ? "x86-64-v3" : "x86-64";
-#elif defined(__aarch64__)
-  return "neon";
-#else
-  return "baseline";
-#endif
-}
 
 PerOrder difference(const DifferenceOptions& options, const std::vector<DifferenceTensor>& tensors,
                     const ParallelFor& parallel_for) {

@@ -10,7 +10,8 @@
 namespace smoothk::cpu::SMOOTHK_ISA {
 namespace {
 
-// Entries of a row whose sum is one sum of floats; so many of these are added up before the sum goes on in double.
+// Sums grow in three steps, so that rounding does not: kSummed entries of a row in the dtype of the arithmetic, kSums
+// of these (blocks only) again in it, and from there on in double.
 constexpr int64_t kSummed = 512, kSums = 16;
 
 #if defined(__AVX512F__)

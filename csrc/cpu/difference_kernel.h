@@ -1,4 +1,4 @@
-// The vector loops of the difference penalty. Their source is compiled once per instruction set (instruction_set.h).
+// The vector loops of the difference penalty. Their source is compiled once per instruction set (simd.h).
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ constexpr int kBlock = 8;  // rows that a block has
 template <class T>
 struct Stencil {
   using C = Compute<T>;
-  const T* row[5];          // two before the (first) row whose gradient is wanted, it, two after
+  const T* row[5];          // two before the row whose gradient is wanted, it, two after; kBlock: [2], the first, only
   int64_t pitch;            // kBlock: from row to row
   C factor[2][kBlock + 2];  // by order, of the slopes of all differences in which they lie
   const C* mask[2][3];      // unless kInside or kBlock: by order, one more factor of each difference and entry,

@@ -9,10 +9,10 @@
 #include <algorithm>
 
 #include "dtypes.h"
-#include "instruction_set.h"
 #include "low_rank_conv_kernel.h"
 #include "low_rank_conv_pack.h"
 #include "scratch.h"
+#include "simd.h"
 
 namespace smoothk::cpu {
 namespace {
@@ -32,7 +32,7 @@ const void* advance(const void* p, Dtype dtype, int64_t count) {
 }
 void* advance(void* p, Dtype dtype, int64_t count) { return static_cast<char*>(p) + count * size_of(dtype); }
 
-const LowRankConvKernels& kernels = SMOOTHK_BEST(kLowRankConv);
+constexpr const LowRankConvKernels* kCopies[] = SMOOTHK_COPIES(kLowRankConv);
 
 thread_local Scratch shared_scratch;  // of the thread that calls, for all
 thread_local Scratch own_scratch;
@@ -154,7 +154,7 @@ class Forward {
   void widen_bias(float* bias) {
     const int64_t pitch = padded(s_.out_channels);
     std::fill_n(bias, s_.groups * pitch, 0.0f);
-    kernels.widen(a_.dtype, a_.bias, s_.out_channels, bias, pitch, s_.groups, s_.out_channels);
+    kernels_.widen(a_.dtype, a_.bias, s_.out_channels, bias, pitch, s_.groups, s_.out_channels);
     bias_ = bias;
   }
 
@@ -222,7 +222,7 @@ class Forward {
       }
       for (int64_t p = 0; p < pixels && (a_.z || !planes_out_); p += block_) {
         const int64_t part = std::min(block_, pixels - p);
-        kernels.transpose(b.blocks + p * s_.rank, block_, s_.rank, part, b.z, z_pitch());
+        kernels_.transpose(b.blocks + p * s_.rank, block_, s_.rank, part, b.z, z_pitch());
         if (a_.z) write_z(group, first + p, part, b.z);
         for (int64_t i = 0; i < part; ++i) b.table[i] = b.z + i * z_pitch();
         if (!planes_out_) multiply_second(group, first + p, part, 0, s_.out_channels, b);
@@ -255,7 +255,7 @@ class Forward {
       stop = std::min(end, first_panel + panels);
       const float *part = partial_ + group * slices_ * size, *sum = part;
       for (int64_t slice = 1; slice < slices_; ++slice, sum = b.z) {
-        kernels.finish(Dtype::kFloat32, sum, 0, part + slice * size, false, b.z, 0, 1, size);
+        kernels_.finish(Dtype::kFloat32, sum, 0, part + slice * size, false, b.z, 0, 1, size);
       }
       finish_pixels(group, 0, rows_, (at - first_panel) * kPanel,
                     std::min((stop - first_panel) * kPanel, s_.out_channels), b);
@@ -303,15 +303,15 @@ class Forward {
     to += left * c;
     if (input_layout_ == Layout::kChannelsLast) {
       const int64_t at = ((image * s_.height + y) * s_.width * s_.groups + group) * c;
-      return kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), s_.groups * c, to, c, width, c);
+      return kernels_.widen(a_.dtype, advance(a_.input, a_.dtype, at), s_.groups * c, to, c, width, c);
     }
     const int64_t plane = s_.height * s_.width;
     const void* from = advance(a_.input, a_.dtype, (image * s_.groups + group) * c * plane + y * s_.width);
     if (a_.dtype == Dtype::kFloat32) {
-      return kernels.transpose(static_cast<const float*>(from), plane, c, width, to, c);
+      return kernels_.transpose(static_cast<const float*>(from), plane, c, width, to, c);
     }
-    kernels.widen(a_.dtype, from, plane, widened, width, c, width);
-    kernels.transpose(widened, width, c, width, to, c);
+    kernels_.widen(a_.dtype, from, plane, widened, width, c, width);
+    kernels_.transpose(widened, width, c, width, to, c);
   }
 
   // Pixels that lie together, as planes.
@@ -319,15 +319,15 @@ class Forward {
     const int64_t c = s_.in_channels, plane = s_.height * s_.width;
     if (input_layout_ == Layout::kChannelsFirst) {
       const int64_t at = (first / plane * s_.groups + group) * c * plane + first % plane;
-      return kernels.widen(a_.dtype, advance(a_.input, a_.dtype, at), plane, to, pitch, c, pixels);
+      return kernels_.widen(a_.dtype, advance(a_.input, a_.dtype, at), plane, to, pitch, c, pixels);
     }
     const int64_t from_pitch = s_.groups * c;
     const void* from = advance(a_.input, a_.dtype, first * from_pitch + group * c);
     if (a_.dtype == Dtype::kFloat32) {
-      return kernels.transpose(static_cast<const float*>(from), from_pitch, pixels, c, to, pitch);
+      return kernels_.transpose(static_cast<const float*>(from), from_pitch, pixels, c, to, pitch);
     }
-    kernels.widen(a_.dtype, from, from_pitch, widened, c, pixels, c);
-    kernels.transpose(widened, c, pixels, c, to, pitch);
+    kernels_.widen(a_.dtype, from, from_pitch, widened, c, pixels, c);
+    kernels_.transpose(widened, c, pixels, c, to, pitch);
   }
 
   // What rows of an image read, as planes with padding.
@@ -369,7 +369,7 @@ class Forward {
       product.runs = std::min(runs_per_step_, runs_ - run);
       product.length = std::min(piece_length_, run_length_ - product.from);
       product.panels = first_weights(group) + begin * depth + (run * run_length_ + product.from) * kPanel;
-      kernels.multiply_pixels(product);
+      kernels_.multiply_pixels(product);
       product.accumulate = true;
     }
   }
@@ -397,7 +397,7 @@ class Forward {
       product.length = whole > 0 ? run_length_ : std::min(run_length_ - product.from, end - k);
       product.rows = table + k / run_length_ * pixels;
       product.weights = first_weights(group) + padded(s_.rank) * first_.depth() + k;
-      kernels.multiply_dots(product);
+      kernels_.multiply_dots(product);
       product.accumulate = true;
     }
   }
@@ -426,7 +426,7 @@ class Forward {
         product.channels = std::min(step, s_.in_channels - c);
         product.panels = first_weights(group) + c * kPanel;
         product.accumulate = c > 0;
-        kernels.multiply_planes(product);
+        kernels_.multiply_planes(product);
       }
     }
   }
@@ -437,7 +437,7 @@ class Forward {
       for (int64_t x = 0, count; x < s_.out_width; x += count, p += count) {
         count = std::min(s_.out_width - x, block_ - p % block_);
         float* to = blocks + p / block_ * block_ * s_.rank + p % block_;
-        kernels.widen(Dtype::kFloat32, z + x, z_row, to, block_, s_.rank, count);
+        kernels_.widen(Dtype::kFloat32, z + x, z_row, to, block_, s_.rank, count);
       }
     }
   }
@@ -448,8 +448,8 @@ class Forward {
     const int64_t first = out_pixels(row), pixels = out_pixels(rows);
     if (planes_out_) {
       for (int64_t p = 0; p < pixels; p += block_) {
-        kernels.transpose(b.z + p * z_pitch(), z_pitch(), std::min(block_, pixels - p), s_.rank, b.blocks + p * s_.rank,
-                          block_);
+        kernels_.transpose(b.z + p * z_pitch(), z_pitch(), std::min(block_, pixels - p), s_.rank,
+                           b.blocks + p * s_.rank, block_);
       }
       multiply_blocks(group, first, pixels, b.blocks, begin, end, b.sums);
     } else {
@@ -460,7 +460,7 @@ class Forward {
 
   void write_z(int64_t group, int64_t pixel, int64_t pixels, const float* z) {
     const int64_t pitch = s_.groups * s_.rank, at = pixel * pitch + group * s_.rank;
-    kernels.finish(a_.dtype, z, z_pitch(), nullptr, false, advance(a_.z, a_.dtype, at), pitch, pixels, s_.rank);
+    kernels_.finish(a_.dtype, z, z_pitch(), nullptr, false, advance(a_.z, a_.dtype, at), pitch, pixels, s_.rank);
   }
 
   // Enters for every tap of u where it reads z for every pixel. Behind z lie zeros, for taps outside.
@@ -495,7 +495,7 @@ class Forward {
       product.out_pitch = all_channels();
       product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
       product.epilogue.relu = a_.relu;
-      return kernels.multiply_pixels(product);
+      return kernels_.multiply_pixels(product);
     }
     product.out = b.sums;
     product.out_pitch = padded(end - begin);
@@ -503,12 +503,12 @@ class Forward {
     for (int64_t p = 0; p < pixels; p += block_) {
       product.pixels = std::min(block_, pixels - p);
       product.rows = b.table + p;
-      kernels.multiply_pixels(product);
+      kernels_.multiply_pixels(product);
       if (output_layout_ == Layout::kChannelsLast) {
         finish(b.sums, product.out_pitch, at + p * all_channels(), all_channels(), product.pixels, end - begin);
       } else {
         for_images(first + p, product.pixels, channel, [&](int64_t to, int64_t i, int64_t run) {
-          kernels.transpose(b.sums + i * product.out_pitch, product.out_pitch, run, end - begin, b.turned, block_);
+          kernels_.transpose(b.sums + i * product.out_pitch, product.out_pitch, run, end - begin, b.turned, block_);
           finish(b.turned, block_, to, out_plane(), end - begin, run);
         });
       }
@@ -556,9 +556,9 @@ class Forward {
         product.out_pitch = out_plane();
         product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
         product.epilogue.relu = a_.relu;
-        return kernels.multiply_planes(product);
+        return kernels_.multiply_planes(product);
       }
-      if (i == 0) kernels.multiply_planes(product);
+      if (i == 0) kernels_.multiply_planes(product);
       finish(sums + i, block_, at, out_plane(), end - begin, run);
     });
   }
@@ -574,16 +574,17 @@ class Forward {
   }
 
   void finish(const float* from, int64_t pitch, int64_t at, int64_t out_pitch, int64_t rows, int64_t columns) {
-    kernels.finish(a_.dtype, from, pitch, advance(a_.residual, a_.dtype, at), a_.relu, advance(a_.output, a_.dtype, at),
-                   out_pitch, rows, columns);
+    kernels_.finish(a_.dtype, from, pitch, advance(a_.residual, a_.dtype, at), a_.relu,
+                    advance(a_.output, a_.dtype, at), out_pitch, rows, columns);
   }
 
   const LowRankConvArguments& a_;
   const LowRankConvShape& s_;
   const float* packed_;
+  const LowRankConvKernels& kernels_ = *kCopies[simd_index()];
   const Factor first_, second_;
   const int64_t rows_ = s_.batch * s_.out_height;
-  const int64_t block_ = kernels.plane_vectors * kPanel;  // pixels that are rearranged at once
+  const int64_t block_ = kernels_.plane_vectors * kPanel;  // pixels that are rearranged at once
   // Of one pixel both layouts are the same.
   const Layout input_layout_ = s_.height * s_.width == 1 ? Layout::kChannelsLast : a_.input_layout;
   const Layout output_layout_ = s_.out_height * s_.out_width == 1 ? Layout::kChannelsLast : a_.output_layout;

@@ -1,4 +1,4 @@
-// The vector loops of the low-rank convolution. Their source is compiled once per instruction set (instruction_set.h).
+// The vector loops of the low-rank convolution. Their source is compiled once per instruction set (simd.h).
 #pragma once
 
 #include <cstdint>

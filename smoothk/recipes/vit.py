@@ -82,8 +82,6 @@ def sine_cosine_positions(rows: int, columns: int, dim: int, device: torch.devic
     (Vaswani et al. 2017, arXiv 1706.03762, section 3.5, for two axes as in Beyer et al.).
     """
     frequencies = 10_000 ** -torch.linspace(0, 1, dim // 4, device=device)
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-    )
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequencies for axis in (column, row)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)

@@ -1,0 +1,43 @@
+"""The kernels' copies for the instruction sets that lie below this machine's best: the case tables once more on each.
+
+Machines without that best set run them, and this one would never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import test_low_rank_conv
+from test_low_rank_conv import test_gradients_of_the_kernel, test_half_precision, test_values_of_the_kernel  # noqa: F401
+from test_ops import (  # noqa: F401
+    test_a_nan_reaches_every_gradient_entry_it_touches,
+    test_accumulate_adds_the_scaled_gradient,
+    test_every_half_precision_gradient_survives_adding_zero,
+    test_every_half_precision_weight_is_read_right,
+    test_half_precision_gradients_are_rounded_to_nearest_even,
+    test_same_bits_for_any_number_of_threads,
+)
+
+from smoothk import backend
+
+MISSING = backend.unavailable_reason("cpp")
+*BELOW, BEST = [None] if MISSING else backend.extension().simd_sets()
+pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), test_low_rank_conv.pytestmark]
+
+
+@pytest.fixture(autouse=True, params=BELOW)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    backend.extension().use_simd(request.param)
+    yield request.param
+    backend.extension().use_simd(BEST)
+
+
+def test_the_copies_are_used(instruction_set: str) -> None:
+    assert backend.extension().build_info()["simd"] == instruction_set
+
+
+def test_another_set_is_refused(instruction_set: str) -> None:
+    with pytest.raises(ValueError, match="name must be one of simd_sets.*'x86-64-v9'"):
+        backend.extension().use_simd("x86-64-v9")
+    assert backend.extension().build_info()["simd"] == instruction_set
