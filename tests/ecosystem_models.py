@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import sys
 import warnings
@@ -15,29 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torchvision_operators
 from torch import Tensor, nn
 
 import smoothk
 
-# Kept for the process: the operators are there for as long as this object is.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-
 
 def import_library(name: str) -> Any:
-    """timm, torchvision or transformers; ModuleNotFoundError where it is not installed.
-
-    The wheel of torchvision on PyPI has its operators for CUDA. Without them it cannot be imported, though no
-    architecture here needs one, unless two of them are declared.
-    """
-    if importlib.util.find_spec("torchvision") is not None and "torchvision" not in sys.modules:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:  # operator torchvision::nms does not exist
-            for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
-                del sys.modules[module]
-            for operator in ("nms", "qnms"):
-                _OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            importlib.import_module("torchvision")
+    """timm, torchvision or transformers; ModuleNotFoundError where it is not installed."""
+    if "torchvision" not in sys.modules and torchvision_operators.missing():
+        torchvision_operators.declare()
     if name == "transformers":
         logging.getLogger("transformers").setLevel(logging.ERROR)
     with warnings.catch_warnings():

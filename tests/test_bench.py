@@ -11,11 +11,11 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ecosystem_models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,10 @@ def test_resnet18_is_that_of_the_recipes() -> None:
 
 @pytest.mark.parametrize("name, factory", [("resnet50", "resnet50"), ("vit_b16", "vit_base_patch16_224")])
 def test_weight_sets_are_those_of_timm(name: str, factory: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
-        timm = pytest.importorskip("timm")
+    try:
+        timm = ecosystem_models.import_library("timm")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"needs the extra `full`: {error}")
     with torch.device("meta"):
         model = timm.create_model(factory)
     assert conv_and_linear(model) == sorted(module("weight_sets").WEIGHT_SETS[name].shapes)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torchvision_operators
 
 from smoothk import SmoothnessPenalty
 
@@ -29,9 +30,10 @@ def run(name: str, *arguments: object, processes: int = 0, gpus: bool = False) -
     """Run an example, under torchrun if ``processes``; returns what it printed of each step."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes else []
     command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    path = [EXAMPLES.parent, *([torchvision_operators.AT_START] if torchvision_operators.missing() else [])]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(EXAMPLES.parent),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         **({"NVIDIA_TF32_OVERRIDE": "0"} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
