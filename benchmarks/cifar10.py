@@ -32,7 +32,7 @@ from smoothk.recipes.compare import Comparison, Network, compare, merge
 from smoothk.recipes.config import FREE_FIELDS, TrainConfig
 from smoothk.recipes.methods import METHODS
 from smoothk.recipes.provenance import stamp
-from smoothk.recipes.train import load_run, train
+from smoothk.recipes.train import load_dataset, load_run, train
 
 DONE, FAILED, IMPOSSIBLE, MORE = 0, 1, 2, 3
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -155,7 +155,7 @@ class Stages:
         if found is not None and not (found.recipe.get("weights_sha256") == digest and _is_ours(found.provenance)):
             found = None
         measured = {row.method for row in found.rows} if found else set()
-        dataset = data.load(self.preset.recipe["data"], self.args.data_dir).to(self.preset.device)
+        dataset = load_dataset(self.config(name, seed)).to(self.preset.device)
         longest = 0.0
         for method in (m for m in self.args.methods if m not in measured):
             if longest > max(self.left, 0.0):  # the first is always measured, so that every call gets on
@@ -175,7 +175,7 @@ class Stages:
     def latency(self, name: str, seed: int) -> bool:
         """Forward passes of the dense network and of compressed ones, interleaved; needs a quiet machine."""
         network, device = self.network(name, seed), torch.device(self.preset.device)
-        dataset = data.load(self.preset.recipe["data"], self.args.data_dir)
+        dataset = load_dataset(self.config(name, seed))
         batches = data.calibration_batches(dataset, 500)
         sides = {("dense", 1.0): network.model.eval()}
         for method in TIMED:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -22,7 +23,7 @@ from torch import nn
 import smoothk
 from smoothk.recipes import data
 from smoothk.recipes.compare import measure
-from smoothk.recipes.train import load_run
+from smoothk.recipes.train import load_dataset, load_run
 from smoothk.report import Table
 
 KEEPS = (0.3, 0.2, 0.15, 0.1, 0.05)
@@ -33,9 +34,7 @@ def drops(
 ) -> tuple[float, dict[float, tuple[float, float, float]]]:
     """Dense accuracy of a run in %, and by kept share the points lost: data-free, +BN, calibrated."""
     model, config = load_run(run)
-    dataset = data.load(config.data, data_dir, image_size=config.image_size)
-    if config.validation > 0:
-        dataset = data.split(dataset, config.validation)
+    dataset = load_dataset(replace(config, data_dir=data_dir))
     calibration = data.calibration_batches(dataset, min(images, len(dataset.train_images)))
 
     def accuracy(network: nn.Module) -> float:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import smoothk
 from smoothk import commands, ranks
 from smoothk.recipes import data, models
-from smoothk.recipes.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from smoothk.recipes.config import FLIPS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, smoothk.BackendUnavailable)
 CHOICES = {
@@ -28,6 +28,7 @@ CHOICES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
+    "flip": FLIPS,
     "norm": ("l2", "l1", "l21", "huber"),
     "unfolding": ("channel", "spatial"),
 }
@@ -117,9 +118,9 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         elif item.name in CHOICES:
             options["choices"] = CHOICES[item.name]
         else:
-            kind = str(item.type)
+            kind = str(item.type).partition(" ")[0]  # of "int | None" the first
             options["type"] = {"int": int, "float": float}.get(kind, str)
-            options["metavar"] = kind.partition(" ")[0].upper()
+            options["metavar"] = kind.upper()
         parser.add_argument(f"--{item.name.replace('_', '-')}", **options)
 
 

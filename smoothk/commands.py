@@ -96,13 +96,13 @@ def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
     if args.run is not None:
         model, config = train.load_run(args.run)
         config = _with_data_options(config, args)
-        dataset = _dataset(config, args.download) if with_data else None
+        dataset = train.load_dataset(config, download=args.download) if with_data else None
     else:
         if args.weights is None:
             raise UsageError("--model needs --weights: the file that smoothk.save wrote")
         with_data = with_data and args.data is not None
         config = _with_data_options(TrainConfig(model=args.model), args)
-        dataset = _dataset(config, args.download) if with_data else None
+        dataset = train.load_dataset(config, download=args.download) if with_data else None
         options = {"num_classes": dataset.num_classes, "in_channels": dataset.in_channels} if dataset else {}
         model = models.from_factory(args.model, **options)
     if args.weights is not None:
@@ -113,12 +113,6 @@ def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
 def _with_data_options(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     given = {name: getattr(args, name) for name in ("data", "data_dir") if getattr(args, name) is not None}
     return TrainConfig.from_json({**config.to_json(), **given})
-
-
-def _dataset(config: TrainConfig, download: bool) -> data.DataSet:
-    """The images of a run; where it held some of the training images out, those are the test images here too."""
-    dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
-    return data.split(dataset, config.validation) if config.validation > 0 else dataset
 
 
 def run_evaluate(args: argparse.Namespace) -> Output:

@@ -100,7 +100,7 @@ def test_help_tells_every_training_option(invoke: Invoke) -> None:
     for item in dataclasses.fields(TrainConfig):
         assert f"--{item.name.replace('_', '-')}" in text
     assert "passes over the training images. (default: 8)" in text
-    assert "--no-augment" in text
+    assert "--no-augment" in text and "--crop-padding INT" in text
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "compress", "evaluate", "load", "plot", "info"])

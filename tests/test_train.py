@@ -359,6 +359,42 @@ def test_progress_is_a_line_per_epoch_on_stderr(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
+def test_augmentation_of_the_images_is_that_of_the_configuration() -> None:
+    suits = data.load("digits").augmentation
+    assert train.load_dataset(config()).augmentation == suits
+    assert train.load_dataset(config(crop_padding=3)).augmentation == suits._replace(crop_padding=3)
+    assert train.load_dataset(config(augment=False, crop_padding=3)).augmentation == data.Augmentation(0, flip=False)
+    assert run(epochs=1, crop_padding=3).history[0]["loss"] != run(epochs=1).history[0]["loss"]
+
+
+def test_alternating_flips_show_every_image_in_both_orientations_in_turn() -> None:
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    digits = data.load("digits")
+    dataset = dataclasses.replace(digits, train_images=images, train_labels=digits.train_labels[:64])
+    dataset = dataclasses.replace(dataset, augmentation=data.Augmentation(crop_padding=0, flip=True))
+
+    def shown(epoch: int, **changes: Any) -> set[bytes]:
+        batches = train._Run(config(**changes), dataset, torch.device("cpu"))._batches(epoch)
+        return {image.numpy().tobytes() for x, _ in batches for image in x}
+
+    def mirrored(epoch: int) -> torch.Tensor:
+        normal = data.normalize(images, dataset.normalization)
+        seen = shown(epoch, flip="alternating")
+        straight, back = (
+            torch.tensor([x.numpy().tobytes() in seen for x in side]) for side in (normal, normal.flip(3))
+        )
+        assert torch.equal(straight, ~back)
+        return back
+
+    first = mirrored(0)
+    assert 16 <= first.sum() <= 48
+    assert torch.equal(mirrored(1), ~first) and torch.equal(mirrored(2), first)
+    assert shown(0, flip="alternating", seed=1) != shown(0, flip="alternating")
+    as_it_comes = dataclasses.replace(dataset, augmentation=data.Augmentation(crop_padding=0, flip=False))
+    assert not train._Run(config(flip="alternating"), as_it_comes, torch.device("cpu")).alternates
+    assert len({frozenset(shown(epoch)) for epoch in range(3)}) == 3  # drawn anew
+
+
 def test_evaluate_restores_the_mode_of_every_module() -> None:
     dataset = data.load("digits")
     model = train.build_model(config(), 10, 1).train()
@@ -437,6 +473,8 @@ def test_config_survives_json() -> None:
         ({"first_order": float("inf")}, ValueError, "first_order must be a finite number, at least 0, got inf"),
         ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
         ({"label_smoothing": float("nan")}, ValueError, "label_smoothing must be at least 0 and below 1, got nan"),
+        ({"crop_padding": -1}, ValueError, "crop_padding must be at least 0, or None, got -1"),
+        ({"flip": "vertical"}, ValueError, "flip must be one of random, alternating, got 'vertical'"),
         ({"validation": 1.0}, ValueError, "validation must be at least 0 and below 1, got 1.0"),
         ({"width": -1.0}, ValueError, "width must be a finite number above 0, got -1.0"),
         ({"device": "toaster"}, ValueError, "device must be .*, got 'toaster'"),

@@ -12,6 +12,7 @@ from smoothk.recipes import data, models
 
 SCHEDULES = ("one-cycle", "cosine")
 PRECISIONS = ("fp32", "bf16")
+FLIPS = ("random", "alternating")
 OPTIMIZERS = ("sgd", "adamw")
 # Where a run lives and how often it is saved do not change what it computes.
 FREE_FIELDS = frozenset({"data_dir", "out_dir", "checkpoint_every"})
@@ -37,6 +38,8 @@ class TrainConfig:
         weight_decay: of weights with two or more axes; norms and biases are left alone.
         label_smoothing: in [0, 1).
         augment: random crop and flip as suits the data set.
+        crop_padding: pixels of zeros around an image that is cropped; None: as suits the data set.
+        flip: "random", or "alternating": an image is mirrored in every second epoch (Jordan 2024, arXiv 2404.00498).
         schedule: "one-cycle" (half a cosine from lr / 25 up to lr and another down to lr / 250,000) or "cosine" (a line
             from 0 up to lr, half a cosine down to 0).
         warmup: share of the steps in which the learning rate rises.
@@ -70,6 +73,8 @@ class TrainConfig:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     augment: bool = True
+    crop_padding: int | None = None
+    flip: str = "random"
     schedule: str = "one-cycle"
     warmup: float = 0.3
     first_order: float = 0.0
@@ -99,6 +104,7 @@ class TrainConfig:
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("flip", self.flip, FLIPS)
         _check_choice("norm", self.norm, ("l2", "l1", "l21", "huber"))
         _check_choice("unfolding", self.unfolding, ("channel", "spatial"))
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -115,6 +121,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be at least 0, or None, got {self.crop_padding}")
         if not 0 < self.truncate_energy <= 1:
             raise ValueError(f"truncate_energy must be above 0 and at most 1, got {self.truncate_energy}")
         for name in ("momentum", "label_smoothing", "validation", "warmup"):

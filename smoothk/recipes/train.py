@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,21 @@ class TrainResult:
     def test_accuracy(self) -> float:
         """Accuracy in % after the last epoch."""
         return self.history[-1]["test_accuracy"]
+
+
+def load_dataset(config: TrainConfig, *, download: bool = False) -> data.DataSet:
+    """The images of a configuration: held-out ones in place of the test images, and its augmentation.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+    """
+    dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
+    if config.validation > 0:
+        dataset = data.split(dataset, config.validation)
+    augmentation = dataset.augmentation if config.augment else data.Augmentation(0, flip=False)
+    if config.augment and config.crop_padding is not None:
+        augmentation = augmentation._replace(crop_padding=config.crop_padding)
+    return replace(dataset, augmentation=augmentation)
 
 
 def build_model(config: TrainConfig, num_classes: int, in_channels: int) -> nn.Module:
@@ -157,9 +172,7 @@ def train(
     state = None
     if out_dir is not None and resume and (out_dir / "checkpoint.pt").exists():
         state = _state_to_resume(out_dir / "checkpoint.pt", config)
-    dataset = data.load(config.data, config.data_dir, download=download, image_size=config.image_size)
-    if config.validation > 0:
-        dataset = data.split(dataset, config.validation)
+    dataset = load_dataset(config, download=download)
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda_devices), _threads(config.threads):
         torch.manual_seed(config.seed)
@@ -205,6 +218,10 @@ class _Run:
         self.penalty = _penalty(config, self.model)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.images = dataset.train_images.to(device)
+        self.alternates = config.flip == "alternating" and dataset.augmentation.flip
+        if self.alternates:  # by halves: mirrored in even epochs, and in odd ones
+            mirrored = torch.rand(len(self.images), 1, 1, 1, generator=torch.Generator().manual_seed(config.seed)) < 0.5
+            self.images = torch.where(mirrored.to(device), self.images.flip(3), self.images)
         self.labels = dataset.train_labels.to(device)
         self.steps_per_epoch = max(len(self.images) // config.batch_size, 1)
         self.history: list[dict[str, float]] = []
@@ -256,13 +273,16 @@ class _Run:
         # One generator per epoch: epoch n needs no state of epoch n - 1.
         digest = hashlib.sha256(f"{self.config.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        augmentation, images = self.dataset.augmentation, self.images
+        if self.alternates:
+            augmentation, images = augmentation._replace(flip=False), images.flip(3) if epoch % 2 else images
         return data.batches(
-            self.images,
+            images,
             self.labels,
             self.config.batch_size,
             normalization=self.dataset.normalization,
             generator=generator,
-            augmentation=self.dataset.augmentation if self.config.augment else None,
+            augmentation=augmentation if self.config.augment else None,
             channels_last=self.config.channels_last,
         )
 
