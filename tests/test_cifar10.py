@@ -82,6 +82,10 @@ def test_a_run_by_another_recipe_is_refused(
     monkeypatch.setitem(cifar10.PRESETS, "small", cifar10.Preset("test", {**DIGITS, "lr": 0.2}))
     assert call("--stage", "compare:plain:0") == cifar10.FAILED
     assert "lr must be 0.2 in preset 'small', got 0.1" in capsys.readouterr().err
+    dose = {"plain": {"weight_decay": 1e-3}}
+    monkeypatch.setitem(cifar10.PRESETS, "small", cifar10.Preset("test", DIGITS, dose))
+    assert call("--stage", "compare:plain:0") == cifar10.FAILED
+    assert "weight_decay must be 0.001 in preset 'small', got 0.0005" in capsys.readouterr().err
     assert not list((tmp_path / "results").iterdir())
 
 
