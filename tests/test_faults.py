@@ -32,7 +32,7 @@ def test_killed_training_damages_nothing_and_ends_with_the_same_bits() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     report = json.loads(done.stdout)
     assert (report["damaged"], report["different"]) == (0, 0), report
-    assert report["kills"] == 6 and report["ends"] >= 1 and report["while_writing"] >= 3 and done.returncode == 0
+    assert report["kills"] == 6 and report["ends"] >= 2 and report["while_writing"] >= 3 and done.returncode == 0
 
 
 @pytest.mark.parametrize("name", fuzz_files.KINDS)
