@@ -240,6 +240,8 @@ def info() -> Info:
 
     backends = {name: unavailable_reason(name) or "available" for name in NAMES}
     extension = importlib.import_module("smoothk._C").build_info() if backends["cpp"] == "available" else {}
+    if backends["cuda"] == "available":
+        extension["cuda_architectures"] = importlib.import_module("smoothk._C_cuda").architectures
     return Info(
         smoothk=__version__,
         python=platform.python_version(),

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 
 import smoothk
@@ -145,6 +146,34 @@ def test_cuda_that_cannot_be_compiled(
     done = setup_py(checkout, "build_ext", "--inplace", mode="cuda")
     assert done.returncode != 0
     assert done.stderr.endswith(f"smoothk: SMOOTHK_BUILD=cuda cannot be built: {reason.format(nvcc=nvcc)}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
+@pytest.mark.skipif(shutil.which("nvcc") is None or sass.cuobjdump() is None, reason="needs nvcc and cuobjdump")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: it builds the module itself")
+def test_the_module_for_cuda_is_compiled_for_every_architecture(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With this torch's headers, which are those of one with CUDA; to be loaded it would need the libraries."""
+    release = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    cuda = re.search(r"release (\d+\.\d+)", release)[1]
+    (checkout / "torch").mkdir()
+    (checkout / "torch" / "__init__.py").write_text(
+        "from types import SimpleNamespace\n"
+        f"__file__, __version__, version = {torch.__file__!r}, {torch.__version__!r}, SimpleNamespace(cuda={cuda!r})\n"
+    )
+    subprocess.run(["c++", "-shared", "-xc++", "/dev/null", "-o", checkout / "libtorch_cuda.so"], check=True)
+    monkeypatch.setenv("LIBRARY_PATH", str(checkout))
+    monkeypatch.setenv("PYTHONPATH", str(checkout), prepend=os.pathsep)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    done = setup_py(checkout, "build_ext", "--inplace", mode="cuda")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (module,) = (checkout / "smoothk").glob("_C_cuda*.so")
+    listing = subprocess.run([sass.cuobjdump(), "-lelf", "-lptx", module], check=True, capture_output=True, text=True)
+    found = set(re.findall(r"\.(sm_\d+)\.(cubin|ptx)", listing.stdout))
+    assert found == {("sm_80", "cubin"), ("sm_90", "cubin"), ("sm_100", "cubin"), ("sm_100", "ptx")}
+    assert b"80-real 90-real 100" in module.read_bytes()  # what smoothk.info() tells
 
 
 def test_none_removes_an_earlier_build(checkout: Path) -> None:
