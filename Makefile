@@ -18,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -W error $(PYTEST_ARGS)
 
-test-full: .venv/ready-full
+test-full: .venv/ready-full .venv/ready-tools
 	$(BIN)/python -m pytest -W error -m "" $(PYTEST_ARGS)
 
 coverage: $(READY) .venv/ready-tools

@@ -156,6 +156,8 @@ def test_the_module_for_cuda_is_compiled_for_every_architecture(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With this torch's headers, which are those of one with CUDA; to be loaded it would need the libraries."""
+    pytest.importorskip("pybind11")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # cmake, ninja
     release = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     cuda = re.search(r"release (\d+\.\d+)", release)[1]
     (checkout / "torch").mkdir()
