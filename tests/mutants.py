@@ -1,7 +1,8 @@
 """Faults planted in the code, one at a time, each of which the tests named beside it have to find.
 
 ``python tests/mutants.py [WORD ...]`` plants, in a copy of the checkout, all those of `mutants.txt` or those whose
-names contain a word; those in C++ are compiled. Exit code 1 unless every one is found.
+names contain a word; those in C++ are compiled. The same tests have to pass without the fault. Exit code 1 unless every
+one is found.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ def find(mutant: Mutant, checkout: Path, objects: Path) -> tuple[bool, str]:
     try:
         if mutant.compiled:
             tree.build(checkout, objects, "-O1")
-        files, *words = mutant.tests.split(" -k ")
-        tests = [str(checkout / "tests" / name) for name in files.split()] + [f"-k{word}" for word in words]
-        code, lines = run_tests(checkout, tests)
+        code, lines = run_tests(checkout, mutant.tests)
     finally:
         (checkout / mutant.file).write_text(text)
     # A crash finds it as well; nothing run, a file that cannot be imported, or no end before the alarm does not.
@@ -75,9 +74,11 @@ def find(mutant: Mutant, checkout: Path, objects: Path) -> tuple[bool, str]:
     return found, lines[-1]
 
 
-def run_tests(checkout: Path, tests: list[str]) -> tuple[int, list[str]]:
+def run_tests(checkout: Path, tests: str) -> tuple[int, list[str]]:
     """Exit code, negative for a signal, and output of pytest in a copy of this process, which has torch already."""
     options = ["-W", "error", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+    files, *words = tests.split(" -k ")
+    options += [str(checkout / "tests" / name) for name in files.split()] + [f"-k{word}" for word in words]
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if not child:
@@ -90,7 +91,7 @@ def run_tests(checkout: Path, tests: list[str]) -> tuple[int, list[str]]:
                 for stream in (1, 2):
                     os.dup2(output.fileno(), stream)
                 signal.alarm(900)
-                code = int(pytest.main([*options, "--rootdir", str(checkout), *tests]))
+                code = int(pytest.main([*options, "--rootdir", str(checkout)]))
                 sys.stdout.flush()
             finally:
                 os._exit(code)
@@ -101,7 +102,7 @@ def run_tests(checkout: Path, tests: list[str]) -> tuple[int, list[str]]:
 
 def main(words: list[str]) -> int:
     chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
-    missed = []
+    missed, sound = [], {}
     with tempfile.TemporaryDirectory(prefix="smoothk-mutants-") as folder:
         checkout, objects = tree.copy(Path(folder) / "tree"), Path(folder) / "objects"
         module = checkout / "smoothk" / tree.MODULE
@@ -114,8 +115,13 @@ def main(words: list[str]) -> int:
             missed += [] if found else [mutant.name]
             if mutant.compiled and built is not None:
                 module.write_bytes(built)
+            if found and mutant.tests not in sound:
+                code, lines = run_tests(checkout, mutant.tests)
+                sound[mutant.tests] = code == pytest.ExitCode.OK
+                if code != pytest.ExitCode.OK:
+                    print(f"without a fault {mutant.tests} fails too: {lines[-1]}", flush=True)
     print(f"{len(chosen) - len(missed)} of {len(chosen)} planted faults found; missed: {', '.join(missed) or 'none'}")
-    return bool(missed)
+    return bool(missed) or not all(sound.values())
 
 
 if __name__ == "__main__":

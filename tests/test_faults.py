@@ -18,7 +18,7 @@ import fuzz_files
 import pytest
 import torch
 
-from smoothk.checkpoint import atomic_write
+from smoothk.checkpoint import CheckpointError, atomic_write
 from smoothk.cli import main
 from smoothk.recipes import train
 from smoothk.recipes.config import TrainConfig
@@ -40,6 +40,17 @@ def test_altered_files_raise_the_documented_error_and_nothing_else(name: str) ->
     found = fuzz_files.fuzz(name, 60, seed=1, traced=10)
     assert not found["problems"]
     assert found["refused"] >= 30 and found["refused"] + found["accepted"] == 60
+
+
+def test_a_size_in_a_runs_configuration_allocates_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    fuzz_files.write_run(path)
+    description = json.loads(path.read_text())
+    description["config"]["width"] = 8.0
+    path.write_text(json.dumps(description))
+    with fuzz_files.Storages() as storages, pytest.raises(CheckpointError, match="conv1.weight"):
+        train.load_run(tmp_path)
+    assert storages.largest <= (tmp_path / "model.safetensors").stat().st_size
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

@@ -320,6 +320,16 @@ def test_damaged_checkpoint_is_refused_before_it_is_parsed(
         train.read_state(path)
 
 
+@pytest.mark.parametrize(
+    "history", [{}, [[]], [{"epoch": 1}], [dict.fromkeys(run_state.RECORD, "1")], [dict.fromkeys(run_state.RECORD)]]
+)
+def test_a_history_behind_a_right_checksum_has_the_known_numbers(tmp_path: Path, history: Any) -> None:
+    path = tmp_path / "checkpoint.pt"
+    run_state.write_state(path, run_state.RunState({}, {}, history, {}))
+    with pytest.raises(CheckpointError, match="history"):
+        train.read_state(path)
+
+
 def test_planted_pickle_behind_a_right_checksum_is_not_executed(tmp_path: Path) -> None:
     import hashlib
     import pickle
