@@ -23,6 +23,7 @@ TESTS = (
     "test_layers.py",
     "test_inference.py",
     "test_properties.py",
+    "test_simd.py",
 )
 # Reserves 6 GiB and writes a few rows: the shadow memory of that would be written in full.
 LEFT_OUT = "not offsets_beyond_two_to_the_31"
