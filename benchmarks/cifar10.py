@@ -81,7 +81,7 @@ PRESETS = {
             "precision": "bf16",
             "threads": 1,
         },
-        # Each the best of several on a tenth of the training images.
+        # Of several, measured on a tenth of the training images: what loses least at 10 % kept with dense above 81 %.
         {"plain": {"weight_decay": 2e-3}, "nuclear": {"nuclear": 4e-4, "unfolding": "spatial"}},
     ),
     "full": Preset(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_low_rank_conv
-from test_low_rank_conv import test_gradients_of_the_kernel, test_half_precision, test_values_of_the_kernel  # noqa: F401
+from test_low_rank_conv import test_gradients_of_the_kernel, test_values_of_the_kernel  # noqa: F401
 from test_ops import (  # noqa: F401
     test_a_nan_reaches_every_gradient_entry_it_touches,
     test_accumulate_adds_the_scaled_gradient,
