@@ -159,6 +159,9 @@ def test_the_module_for_cuda_is_compiled_for_every_architecture(
     """With this torch's headers, which are those of one with CUDA; to be loaded it would need the libraries."""
     pytest.importorskip("pybind11")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # cmake, ninja
+    known = subprocess.run(["nvcc", "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    if "compute_100\n" not in known:
+        pytest.skip("this nvcc does not know sm_100")
     release = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     cuda = re.search(r"release (\d+\.\d+)", release)[1]
     (checkout / "torch").mkdir()
@@ -169,7 +172,8 @@ def test_the_module_for_cuda_is_compiled_for_every_architecture(
     subprocess.run(["c++", "-shared", "-xc++", "/dev/null", "-o", checkout / "libtorch_cuda.so"], check=True)
     monkeypatch.setenv("LIBRARY_PATH", str(checkout))
     monkeypatch.setenv("PYTHONPATH", str(checkout), prepend=os.pathsep)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for name in ("TORCH_CUDA_ARCH_LIST", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
     done = setup_py(checkout, "build_ext", "--inplace", mode="cuda")
     assert done.returncode == 0, done.stderr[-2000:]
     (module,) = (checkout / "smoothk").glob("_C_cuda*.so")

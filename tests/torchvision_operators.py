@@ -13,8 +13,6 @@ from pathlib import Path
 
 AT_START = Path(__file__).parent / "at_start"  # its sitecustomize.py calls `declare` in processes of others
 
-_kept = []  # operators are there for as long as their library is
-
 
 @cache
 def missing() -> bool:
@@ -24,11 +22,12 @@ def missing() -> bool:
     return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode != 0
 
 
-@cache
-def declare() -> None:
+@cache  # operators are there for as long as their library is
+def declare() -> object:
     """To be called before torchvision is imported, and only where they are `missing`."""
     import torch
 
-    _kept.append(torch.library.Library("torchvision", "FRAGMENT"))
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        _kept[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library

@@ -10,8 +10,8 @@
 namespace smoothk::cpu::SMOOTHK_ISA {
 namespace {
 
-// Sums grow in three steps, so that rounding does not: kSummed entries of a row in the dtype of the arithmetic, kSums
-// of these (blocks only) again in it, and from there on in double.
+// Sums grow in steps, so that rounding does not: kSummed entries of a row, or columns of a block, in the dtype of the
+// arithmetic; kSums of these again in it (blocks of float and double only); and from there on in double.
 constexpr int64_t kSummed = 512, kSums = 16;
 
 #if defined(__AVX512F__)

@@ -10,7 +10,6 @@ class BeforeTorchvision:
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":
-            sys.meta_path.remove(cls)
             sys.path.append(str(Path(__file__).parent.parent))
             import torchvision_operators
 
