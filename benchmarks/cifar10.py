@@ -2,6 +2,7 @@
 
     python benchmarks/cifar10.py --data-dir DIR --out DIR                 # all that is left to do, then the figures
     python benchmarks/cifar10.py --data-dir DIR --out DIR --stage compare:plain:0
+    python benchmarks/cifar10.py --preset short ...                       # the whole network, 16 epochs, hours on a CPU
     python benchmarks/cifar10.py --preset full ...                        # the whole network; needs a GPU
 
 A stage is `train:NAME:SEED`, `compare:NAME:SEED`, `latency:NAME:SEED` or `report`. It takes up what an earlier call
@@ -83,6 +84,24 @@ PRESETS = {
         },
         # Of several, measured on a tenth of the training images: what loses least at 10 % kept with dense above 81 %.
         {"plain": {"weight_decay": 2e-3}, "nuclear": {"nuclear": 4e-4}},
+    ),
+    "short": Preset(
+        "CIFAR-10, ResNet-18, 16 epochs",
+        {
+            "data": "cifar10",
+            "arch": "resnet18",
+            "epochs": 16,
+            "batch_size": 128,
+            "lr": 0.2,
+            "warmup": 0.2,
+            "crop_padding": 2,
+            "flip": "alternating",
+            "precision": "bf16",
+            "nuclear_every": 8,
+            "threads": 1,
+        },
+        # Doses of the small network, whose training is half as long, halved.
+        {"plain": {"weight_decay": 1e-3}, "nuclear": {"nuclear": 2e-4}},
     ),
     "full": Preset(
         "CIFAR-10, ResNet-18",

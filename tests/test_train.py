@@ -107,7 +107,7 @@ def test_strong_penalty_smooths() -> None:
     "options",
     [
         {"second_order": 1e-4, "norm": "huber"},
-        {"nuclear": 1e-4, "unfolding": "spatial"},
+        {"nuclear": 1e-4, "unfolding": "spatial", "nuclear_every": 5},
         {"first_order": 1e-3, "normalized": True, "schedule": "cosine", "precision": "bf16", "channels_last": False},
         {"arch": "vit", "optimizer": "adamw", "lr": 2e-3, "nuclear": 1e-4, "channels_last": False},
     ],

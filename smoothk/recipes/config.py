@@ -44,6 +44,7 @@ class TrainConfig:
             from 0 up to lr, half a cosine down to 0).
         warmup: share of the steps in which the learning rate rises.
         first_order, second_order, nuclear, norm, normalized, unfolding: of `smoothk.SmoothnessPenalty`.
+        nuclear_every: steps that share the polar factors of the nuclear norm, `smoothk.SmoothnessPenalty`'s ``every``.
         penalty_warmup: epochs in which the penalty's scale rises from 0 to 1 in a line.
         truncate_every: steps between truncations of all convolutions, as Trained Rank Pruning does; 0 for none.
         truncate_energy: share of each convolution's energy that a truncation leaves.
@@ -83,6 +84,7 @@ class TrainConfig:
     norm: str = "l2"
     normalized: bool = False
     unfolding: str = "channel"
+    nuclear_every: int = 1
     penalty_warmup: float = 0.0
     truncate_every: int = 0
     truncate_energy: float = 0.98
@@ -109,7 +111,7 @@ class TrainConfig:
         _check_choice("unfolding", self.unfolding, ("channel", "spatial"))
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
-        for name in ("epochs", "batch_size", "checkpoint_every", "stem_stride", "image_size"):
+        for name in ("epochs", "batch_size", "checkpoint_every", "stem_stride", "image_size", "nuclear_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "width"):

@@ -215,7 +215,7 @@ class _Run:
         others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = _optimizer(config, groups)
-        self.penalty = _penalty(config, self.model)
+        self.penalty: SmoothnessPenalty | None = None
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.images = dataset.train_images.to(device)
         self.alternates = config.flip == "alternating" and dataset.augmentation.flip
@@ -231,6 +231,7 @@ class _Run:
         config = self.config
         epoch = len(self.history)
         started = time.perf_counter()
+        self.penalty = _penalty(config, self.model)  # anew: no checkpoint holds the polar factors that steps share
         loss_sum, penalty_sum = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2))
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = 0
@@ -383,6 +384,7 @@ def _penalty(config: TrainConfig, model: nn.Module) -> SmoothnessPenalty | None:
         norm=config.norm,
         normalized=config.normalized,
         unfolding=config.unfolding,
+        every=config.nuclear_every,
     )
 
 
