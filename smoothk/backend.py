@@ -41,6 +41,9 @@ KERNEL_DTYPES = {
     "low_rank_conv": (torch.float32, torch.bfloat16, torch.float16),
 }
 
+# Types of tensors that hold their values in their own storage; a subclass (DTensor, FakeTensor, ...) may not.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _lock = threading.RLock()
 _reasons: dict[str, str | None] = {}  # backend -> why it is missing, None where it is there
 
@@ -121,12 +124,16 @@ def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
     return f"it takes gradients of {tensors[0].dtype}, or float32 ones of half precision, got {grads[0].dtype}"
 
 
+def in_transform() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation are at work, which tensors do not say."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def _tensor_obstacle(tensors: Sequence[torch.Tensor], device: str, dtypes: Sequence[torch.dtype]) -> str | None:
     transforms = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    # A subclass (DTensor, FakeTensor, ...) may not hold its values in its own storage.
-    plain, on_cpu, strided = (torch.Tensor, torch.nn.Parameter), device == "cpu", torch.strided
+    on_cpu, strided = device == "cpu", torch.strided
     for tensor in tensors:
-        if type(tensor) not in plain:
+        if type(tensor) not in PLAIN:
             return f"it takes plain tensors, got {type(tensor).__name__}"
         if not (tensor.is_cpu if on_cpu else tensor.is_cuda) or tensor.layout is not strided:
             place = "the CPU" if on_cpu else "a CUDA device"

@@ -128,7 +128,7 @@ def _sum_over_kinds(tensors: Sequence[Tensor], terms: int, values_of: Callable[[
 
 
 def _total(tensors: Sequence[Tensor], terms: int, values: Sequence[Tensor]) -> Tensor:
-    device, dtype = tensors[0].device if tensors else None, reference.result_dtype(tensors)
+    device, dtype = tensors[0].device if tensors else None, reference.result_dtype(values)
     values = [value.to(device=device, dtype=dtype) for value in values]
     return sum(values[1:], values[0]) if values else torch.zeros(terms, dtype=dtype, device=device)
 
@@ -244,7 +244,7 @@ def accumulate_difference_penalty(
     options = {"dim": dim, "norm": norm, "normalized": normalized, "eps": eps}
 
     def values_of(indices: list[int], chosen: str) -> Tensor:
-        ws, gs = [weights[i].detach() for i in indices], [grads[i] for i in indices]
+        ws, gs = [weights[i] for i in indices], [grads[i] for i in indices]
         factors = coefficients.to(ws[0].device)
         if is_dtensor(ws[0]):
             from . import distributed

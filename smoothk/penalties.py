@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .backend import NAMES
+from .backend import NAMES, PLAIN, in_transform
 from .functional import (
     accumulate_difference_penalty,
     check_difference_options,
@@ -110,6 +110,7 @@ class SmoothnessPenalty(nn.Module):
         if not self._weights:
             raise ValueError("model has no weight to penalise; pass select to choose parameters")
         self._scale = 1.0
+        self._last: tuple[list[Any] | None, _Call] | None = None
         # Tensors, written in place: a new scale reaches compiled code and CUDA graphs.
         self._lambdas: dict[torch.device, Tensor] = {}
         self._scaled: dict[torch.device, Tensor] = {}
@@ -158,32 +159,51 @@ class SmoothnessPenalty(nn.Module):
             ValueError: a ``.grad`` is an expanded tensor, of which several entries are one; nothing has been changed.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
-        weights, kind = self._active()
-        orders, has_nuclear = self._orders, self.coefficients["nuclear"] != 0
-        if self._is_off or not weights:
-            return torch.zeros((), **kind)
-        # What can raise by the weights alone comes before anything is written.
-        _check_grads(weights)
-        tensors, groups = list(weights.values()), []
+        current = [weight.current for weight in self._weights]
+        if self._is_off:
+            return torch.zeros((), **_kind(current))
+        call = self._call_for(current)
+        if not call.active:
+            return torch.zeros((), **call.kind)
+        weights, orders = [current[i] for i in call.active], self._orders
+        scaled, terms = self._scaled_on(call.kind["device"]), []
         if orders:
-            groups = choose_backends("difference_penalty", self.backend, tensors, [weight.grad for weight in tensors])
-        if has_nuclear:
-            choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, tensors)
-        scaled, terms = self._scaled_on(kind["device"]), []
-        if orders:
-            # A weight too short for every order keeps even a missing .grad.
-            wanted = {i for i, w in enumerate(tensors) if w.grad is not None or axes_of(w, self.dim, min(orders))}
-            groups = [([i for i in indices if i in wanted], chosen) for indices, chosen in groups]
-            options = {**self._difference_options, "groups": [group for group in groups if group[0]]}
-            _grads(tensors[i] for i in wanted)
-            into = cast("list[Tensor]", [weight.grad for weight in tensors])  # the others are in no group
-            terms.append(accumulate_difference_penalty(tensors, into, scaled[: len(orders)], orders, **options))
-        if has_nuclear:
-            grads = dict(zip(weights, _grads(weights.values()), strict=True))
-            terms.append((scaled[-1] * self._nuclear.accumulate(weights, grads, scaled[-1])).view(1))
-        (whole, *others) = [term.to(**kind) for term in terms]
+            _grads(weights[i] for i in call.without_grad)
+            into = cast("list[Tensor]", [weight.grad for weight in weights])  # those that have none are in no group
+            options = {**self._difference_options, "groups": call.groups}
+            terms.append(accumulate_difference_penalty(weights, into, scaled[: len(orders)], orders, **options))
+        if self.coefficients["nuclear"]:
+            named = {self._weights[i].name: current[i] for i in call.active}
+            grads = dict(zip(named, _grads(weights), strict=True))
+            terms.append((scaled[-1] * self._nuclear.accumulate(named, grads, scaled[-1])).view(1))
+        (whole, *others) = [term.to(**call.kind) for term in terms]
         # As few launches on a GPU as can be: one term is the penalty itself.
         return whole[0] if len(whole) == 1 and not others else torch.cat([whole, *others]).sum()
+
+    def _call_for(self, current: Sequence[nn.Parameter]) -> _Call:
+        """`_prepare`, or what it said of the last call's tensors if these are like them: most calls of a training."""
+        if torch.compiler.is_compiling() or in_transform():
+            return self._prepare(current)
+        signature = _signature(current)
+        if signature is None or self._last is None or self._last[0] != signature:
+            self._last = signature, self._prepare(current)
+        return self._last[1]
+
+    def _prepare(self, current: Sequence[nn.Parameter]) -> _Call:
+        """Find out how to add into these weights' gradients, and raise what can be raised by them, before anything is
+        written. Nothing but their `_signature` decides."""
+        orders, active = self._orders, [i for i, weight in enumerate(current) if weight.requires_grad]
+        weights, groups, without_grad = [current[i] for i in active], [], []
+        _check_grads({self._weights[i].name: current[i] for i in active})
+        if orders:
+            groups = choose_backends("difference_penalty", self.backend, weights, [weight.grad for weight in weights])
+            # A weight too short for every order keeps even a missing .grad.
+            wanted = {i for i, w in enumerate(weights) if w.grad is not None or axes_of(w, self.dim, min(orders))}
+            groups = [([i for i in indices if i in wanted], chosen) for indices, chosen in groups]
+            without_grad = [i for i in wanted if weights[i].grad is None]
+        if self.coefficients["nuclear"]:
+            choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, weights)
+        return _Call(_kind(current), active, [group for group in groups if group[0]], without_grad)
 
     @torch.no_grad()
     def per_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -210,8 +230,8 @@ class SmoothnessPenalty(nn.Module):
         """The penalised parameters that are not frozen, by name, and dtype and device of results, which freezing does
         not change."""
         current = {weight.name: weight.current for weight in self._weights}
-        kind = {"dtype": result_dtype(current.values()), "device": next(iter(current.values())).device}
-        return {name: weight for name, weight in current.items() if weight.requires_grad}, kind
+        active = {name: weight for name, weight in current.items() if weight.requires_grad}
+        return active, _kind(list(current.values()))
 
     def _scaled_on(self, device: torch.device) -> Tensor:
         """``scale * λ`` of the terms whose coefficient is not 0, float64 where ``device`` has it."""
@@ -234,6 +254,33 @@ class SmoothnessPenalty(nn.Module):
     @property
     def _difference_options(self) -> dict[str, Any]:
         return {"dim": self.dim, "norm": self.norm, "normalized": self.normalized, "backend": self.backend}
+
+
+class _Call(NamedTuple):
+    """How `SmoothnessPenalty.accumulate_grad` treats tensors of one `_signature`."""
+
+    kind: dict[str, Any]  # dtype and device of the result
+    active: list[int]  # the weights that are not frozen, to which the others refer
+    groups: list[tuple[list[int], str]]  # of the difference penalty: which of them, and their backend
+    without_grad: list[int]  # those of the groups whose .grad is missing
+
+
+def _kind(weights: Sequence[nn.Parameter]) -> dict[str, Any]:
+    return {"dtype": result_dtype(weights), "device": weights[0].device}
+
+
+def _signature(weights: Iterable[nn.Parameter]) -> list[Any] | None:
+    """All of the weights and their gradients but the values and where they are; None where a subclass may have more."""
+    signature: list[Any] = []
+    for weight in weights:
+        grad = weight.grad
+        if type(weight) not in PLAIN or (grad is not None and type(grad) not in PLAIN):
+            return None
+        signature += (weight.requires_grad, weight.device, weight.dtype, weight.layout, weight.shape)
+        if grad is not None:
+            signature += (grad.device, grad.dtype, grad.layout)
+            signature.append(grad.stride() if grad.layout is torch.strided else None)
+    return signature
 
 
 def _check_grads(weights: Mapping[str, nn.Parameter]) -> None:
