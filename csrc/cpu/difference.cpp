@@ -5,7 +5,10 @@
 #include "../difference.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "difference_kernel.h"
 #include "simd.h"
@@ -343,7 +346,6 @@ class Evaluation {
     struct Range {
       Weight<T>* weight;
       int64_t begin, end;
-      int64_t start;  // counted over all weights
       Partial partial;
     };
     std::vector<Range> tiles;
@@ -355,18 +357,31 @@ class Evaluation {
       int64_t end = size % block == 0 ? options_.reach() * span : 0;  // the first rows are in no block
       for (int64_t begin = 0; begin < weight.size; begin = end) {
         end = std::min(weight.size, end + size);
-        tiles.push_back({&weight, begin, end, total + begin, {}});
+        tiles.push_back({&weight, begin, end, {}});
       }
       total += weight.size;
     }
+    std::atomic<int64_t> next{0};
+    const auto count = static_cast<int64_t>(tiles.size());
     parallel_for_(total, kTile, [&](int64_t begin, int64_t end) {
-      auto tile = std::partition_point(tiles.begin(), tiles.end(), [=](const Range& t) { return t.start < begin; });
-      for (; tile != tiles.end() && tile->start < end; ++tile) {
-        Tile<T>(options_, *tile->weight, gradient, tile->begin, tile->end, tile->partial).run();
+      // Half of the thread's share of what is left. It may be late, having to wake up after a backward pass, but its
+      // tiles should be neighbours.
+      const auto take = [&] {
+        int64_t first = next, last;
+        do {
+          last = first + std::max((count - first) * (end - begin) / (2 * total), int64_t{1});
+        } while (!next.compare_exchange_weak(first, last));
+        return std::pair(first, std::min(last, count));
+      };
+      for (auto [tile, last] = take(); tile < count; std::tie(tile, last) = take()) {
+        for (; tile < last; ++tile) {
+          Range& range = tiles[tile];
+          Tile<T>(options_, *range.weight, gradient, range.begin, range.end, range.partial).run();
+        }
       }
     });
     if (gradient && !options_.one_pass()) return;
-    for (const auto& [weight, begin, end, start, partial] : tiles) {
+    for (const auto& [weight, begin, end, partial] : tiles) {
       for (int order = 0; order < 2; ++order) weight->value[order] += partial.value[order];
       weight->squares += partial.squares;
       for (size_t a = 0; a < partial.groups.size(); ++a) {
