@@ -25,7 +25,7 @@ from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  
 from .low_rank_conv import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d  # noqa: E402
 from .penalties import SmoothnessPenalty  # noqa: E402
 from .rank_plan import RankPlan  # noqa: E402
-from .ranks import plan_ranks  # noqa: E402
+from .ranks import RankPlanner, plan_ranks  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",
@@ -36,6 +36,7 @@ __all__ = [
     "LowRankConv3d",
     "LowRankLinear",
     "RankPlan",
+    "RankPlanner",
     "SmoothnessPenalty",
     "compress",
     "decompress",

@@ -164,7 +164,8 @@ def _plans(args: argparse.Namespace, source: _Source, example: Tensor | None) ->
         except ValueError as error:
             raise ValueError(f"{args.from_plan}: {error}") from None
     options = {name: getattr(args, name) for name in ("method", "scheme", "cost", "rank_multiple", "exclude")}
-    return [smoothk.plan_ranks(source.model, keep, example_input=example, **options) for keep in args.keep]
+    planner = smoothk.RankPlanner(source.model, example_input=example, **options)
+    return [planner.plan(keep) for keep in args.keep]
 
 
 def _compress_once(

@@ -75,54 +75,138 @@ def plan_ranks(
             works).
         TypeError: an argument of the wrong type, or a calibration iterable that can be read only once.
     """
-    _check_options(model, keep, method, scheme, cost, rank_multiple, example_input, calibration)
-    found = find_candidates(model)
-    layers, refused = _exclude(model, found.layers, found.refused, exclude)
-    check_finite(layers)
-    check_trained(model)
-    calls = None if example_input is None else count_calls(model, example_input)
-    reached = calls or {}
-    if cost != "params":
-        idle = [name for name in layers if name not in reached]
-        refused.update(dict.fromkeys(idle, "example_input does not reach it"))
-        layers = {name: layer for name, layer in layers.items() if name in reached}
-    if not layers:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "no convolution or linear layer"
-        raise ValueError(f"model has no layer to factorise ({listed})")
-    times: dict[str, LayerTimes] = {}
-    if cost == "latency":
-        _check_on_hardware(model)
-        times = measure_layers(model, example_input, layers, lambda layer: _schemes(layer, scheme))
-    importance: dict[str, dict[str, Tensor]] = {}
-    batches = [] if calibration is None or method != "global" else first_batches(calibration)
-    if batches:
-        importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches)
-    choices = {}
-    for name, layer in layers.items():
-        measured = reached.get(name), times.get(name), importance.get(name)
-        choices[name] = _choices(layer, scheme, cost, rank_multiple, *measured)
-    if cost == "params":
-        total = _count_parameters(model)
-    elif cost == "macs":
-        total = sum(c.dense for c in reached.values())
-    else:  # a layer in the model can be faster than alone, its input still in cache
-        total = max(measure_model(model, example_input), sum(t.dense for t in times.values()))
-    fixed = total - sum(options[-1].cost for options in choices.values())
-    budget = math.floor(keep * total)
-    smallest = fixed + sum(options[0].cost for options in choices.values())
-    if smallest > budget:
-        raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
-    picked = allocate(choices, budget - fixed, method)
-    plan = _plan(model, layers, refused, choices, picked, calls, method, cost, keep)
-    if cost == "latency":
-        after = fixed + sum(choices[name][i].cost for name, i in picked.items())
-        plan = replace(plan, latency_before=total / 1e9, latency=after / 1e9)
-    return plan
+    _check_keep(keep)
+    planner = RankPlanner(
+        model,
+        method=method,
+        scheme=scheme,
+        cost=cost,
+        rank_multiple=rank_multiple,
+        example_input=example_input,
+        calibration=calibration,
+        exclude=exclude,
+    )
+    return planner.plan(keep)
+
+
+class RankPlanner:
+    """Plans of several sizes for one model: what does not depend on the size is found out once.
+
+    That are singular values, and importances and times where they are asked for. The weights are taken as they are
+    when the planner is made.
+
+    Args:
+        model, method, scheme, cost, rank_multiple, example_input, calibration, exclude: as in `plan_ranks`.
+
+    Raises:
+        ValueError, TypeError: as `plan_ranks`, but for ``keep``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: str = "global",
+        scheme: str = "auto",
+        cost: str = "params",
+        rank_multiple: int = 1,
+        example_input: Tensor | tuple | dict | None = None,
+        calibration: Iterable | None = None,
+        exclude: Iterable[str] = (),
+    ) -> None:
+        _check_options(model, method, scheme, cost, rank_multiple, example_input, calibration)
+        found = find_candidates(model)
+        layers, refused = _exclude(model, found.layers, found.refused, exclude)
+        check_finite(layers)
+        check_trained(model)
+        calls = None if example_input is None else count_calls(model, example_input)
+        reached = calls or {}
+        if cost != "params":
+            idle = [name for name in layers if name not in reached]
+            refused.update(dict.fromkeys(idle, "example_input does not reach it"))
+            layers = {name: layer for name, layer in layers.items() if name in reached}
+        if not layers:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            raise ValueError(f"model has no layer to factorise ({listed or 'no convolution or linear layer'})")
+        times: dict[str, LayerTimes] = {}
+        if cost == "latency":
+            _check_on_hardware(model)
+            times = measure_layers(model, example_input, layers, lambda layer: _schemes(layer, scheme))
+        importance: dict[str, dict[str, Tensor]] = {}
+        batches = [] if calibration is None or method != "global" else first_batches(calibration)
+        if batches:
+            importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches)
+        self._model, self._method, self._cost = model, method, cost
+        self._layers, self._refused, self._calls = layers, refused, calls
+        self._choices: dict[str, list[Choice]] = {}
+        for name, layer in layers.items():
+            measured = reached.get(name), times.get(name), importance.get(name)
+            self._choices[name] = _choices(layer, scheme, cost, rank_multiple, *measured)
+        if cost == "params":
+            self._total = _count_parameters(model)
+        elif cost == "macs":
+            self._total = sum(c.dense for c in reached.values())
+        else:  # a layer in the model can be faster than alone, its input still in cache
+            self._total = max(measure_model(model, example_input), sum(t.dense for t in times.values()))
+
+    def plan(self, keep: float) -> RankPlan:
+        """The plan of one size, as `plan_ranks` makes it."""
+        _check_keep(keep)
+        total, choices = self._total, self._choices
+        fixed = total - sum(options[-1].cost for options in choices.values())
+        budget = math.floor(keep * total)
+        smallest = fixed + sum(options[0].cost for options in choices.values())
+        if smallest > budget:
+            raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
+        picked = allocate(choices, budget - fixed, self._method)
+        plan = self._plan(picked, keep)
+        if self._cost == "latency":
+            after = fixed + sum(choices[name][i].cost for name, i in picked.items())
+            plan = replace(plan, latency_before=total / 1e9, latency=after / 1e9)
+        return plan
+
+    def _plan(self, picked: Mapping[str, int], keep: float) -> RankPlan:
+        plans = {}
+        modules, calls = dict(self._model.named_modules()), self._calls
+        for name in (name for name in modules if name in self._layers or name in self._refused):
+            module = self._layers.get(name, modules[name])
+            weight, groups = getattr(module, "weight", None), getattr(module, "groups", 1)
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+            count = weight.numel() if isinstance(weight, nn.Parameter) else 0
+            macs = None if calls is None else calls[name].dense if name in calls else 0
+            dense = LayerPlan(shape, groups, "dense", 0, count, count, 1.0, macs, macs, self._refused.get(name))
+            if name in self._refused:
+                plans[name] = dense
+                continue
+            choice = self._choices[name][picked[name]]
+            plans[name] = replace(
+                dense,
+                scheme=choice.scheme,
+                rank=choice.rank,
+                parameters=choice.parameters,
+                energy=1 - choice.dropped,
+                macs=None if calls is None else choice.macs,
+                reason="no rank is smaller" if len(self._choices[name]) == 1 else None,
+            )
+        before = _count_parameters(self._model)
+        after = before - sum(p.parameters_before - p.parameters for p in plans.values())
+        macs_total = None if calls is None else sum(c.dense for c in calls.values())
+        macs_after = None
+        if macs_total is not None:
+            macs_after = macs_total - sum((p.macs_before or 0) - (p.macs or 0) for p in plans.values())
+        return RankPlan(self._method, self._cost, keep, before, after, macs_total, macs_after, plans)
+
+
+def _check_keep(keep: float) -> None:
+    """Raise unless this is a share that may remain."""
+    if not isinstance(keep, int | float) or isinstance(keep, bool):
+        raise TypeError(f"keep must be a number, got {type(keep).__name__}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
 
 
 def _check_options(
     model: nn.Module,
-    keep: float,
     method: str,
     scheme: str,
     cost: str,
@@ -132,10 +216,6 @@ def _check_options(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(keep, int | float) or isinstance(keep, bool):
-        raise TypeError(f"keep must be a number, got {type(keep).__name__}")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
     for name, value, known in (("method", method, METHODS), ("scheme", scheme, SCHEMES), ("cost", cost, COSTS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
@@ -237,45 +317,3 @@ def _choices(
             best = choice.error
             frontier.append(choice)
     return frontier
-
-
-def _plan(
-    model: nn.Module,
-    layers: Mapping[str, Conv | nn.Linear],
-    refused: Mapping[str, str],
-    choices: Mapping[str, list[Choice]],
-    picked: Mapping[str, int],
-    calls: Mapping[str, LayerCalls] | None,
-    method: str,
-    cost: str,
-    keep: float,
-) -> RankPlan:
-    plans = {}
-    modules = dict(model.named_modules())
-    for name in (name for name in modules if name in layers or name in refused):
-        module = layers.get(name, modules[name])
-        weight, groups = getattr(module, "weight", None), getattr(module, "groups", 1)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-        count = weight.numel() if isinstance(weight, nn.Parameter) else 0
-        macs = None if calls is None else calls[name].dense if name in calls else 0
-        dense = LayerPlan(shape, groups, "dense", 0, count, count, 1.0, macs, macs, refused.get(name))
-        if name in refused:
-            plans[name] = dense
-            continue
-        choice = choices[name][picked[name]]
-        plans[name] = replace(
-            dense,
-            scheme=choice.scheme,
-            rank=choice.rank,
-            parameters=choice.parameters,
-            energy=1 - choice.dropped,
-            macs=None if calls is None else choice.macs,
-            reason="no rank is smaller" if len(choices[name]) == 1 else None,
-        )
-    before = _count_parameters(model)
-    after = before - sum(p.parameters_before - p.parameters for p in plans.values())
-    macs_total = None if calls is None else sum(c.dense for c in calls.values())
-    macs_after = None
-    if macs_total is not None:
-        macs_after = macs_total - sum((p.macs_before or 0) - (p.macs or 0) for p in plans.values())
-    return RankPlan(method, cost, keep, before, after, macs_total, macs_after, plans)

@@ -13,6 +13,7 @@ from torch import nn
 import smoothk
 from smoothk.recipes import data
 from smoothk.recipes.baselines import balf, folding, pruning
+from smoothk.refit import refit_factors
 
 Compress = Callable[[nn.Module, float], nn.Module]
 Count = Callable[[nn.Module], int]
@@ -58,7 +59,13 @@ def _svd(label: str, **options: Any) -> Method:
 
 
 def _with_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable[[float], nn.Module]:
-    return lambda keep: smoothk.compress(model, keep, calibration=batches).model
+    planner = smoothk.RankPlanner(model, calibration=batches)
+
+    def compress(keep: float) -> nn.Module:
+        small = refit_factors(model, smoothk.factorize(model, planner.plan(keep)), batches)
+        return smoothk.recalibrate_batch_norm(small, batches)
+
+    return compress
 
 
 METHODS: dict[str, Method] = {
