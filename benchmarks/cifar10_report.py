@@ -17,7 +17,7 @@ from smoothk.report import Table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # What their headings add to the title: the last one was trained by another recipe, and has the derivative penalties.
-DIRECTORIES = {"cifar10-full": "", "cifar10-small": "", "cifar10-batch256": ", batches of 256"}
+DIRECTORIES = {"cifar10-full": "", "cifar10-short": "", "cifar10-small": "", "cifar10-batch256": ", batches of 256"}
 ORDER = ("plain", "first", "second", "nuclear-mild", "nuclear", "trp")
 FIGURES = ("plain", "nuclear")  # have figures of their own
 PRUNING = ("l1-weights", "l1-filters", "l2-filters", "lamp", "folding")

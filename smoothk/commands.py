@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import smoothk
 from smoothk.checkpoint import MODEL_FILE, CheckpointError, atomic_write, read
+from smoothk.ranks import check_keep
 from smoothk.recipes import data, models, train
 from smoothk.recipes.compare import Comparison, measure
 from smoothk.recipes.config import TrainConfig
@@ -164,6 +165,8 @@ def _plans(args: argparse.Namespace, source: _Source, example: Tensor | None) ->
         except ValueError as error:
             raise ValueError(f"{args.from_plan}: {error}") from None
     options = {name: getattr(args, name) for name in ("method", "scheme", "cost", "rank_multiple", "exclude")}
+    for keep in args.keep:
+        check_keep(keep)
     planner = smoothk.RankPlanner(source.model, example_input=example, **options)
     return [planner.plan(keep) for keep in args.keep]
 

@@ -128,7 +128,7 @@ def _sum_over_kinds(tensors: Sequence[Tensor], terms: int, values_of: Callable[[
 
 
 def _total(tensors: Sequence[Tensor], terms: int, values: Sequence[Tensor]) -> Tensor:
-    device, dtype = tensors[0].device if tensors else None, reference.result_dtype(values)
+    device, dtype = tensors[0].device if tensors else None, reference.result_dtype(tensors)
     values = [value.to(device=device, dtype=dtype) for value in values]
     return sum(values[1:], values[0]) if values else torch.zeros(terms, dtype=dtype, device=device)
 

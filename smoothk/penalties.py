@@ -79,6 +79,9 @@ class SmoothnessPenalty(nn.Module):
     DDP or FSDP2 average gradients, nor on a precision to which FSDP2 casts parameters between forward and backward.
     """
 
+    # What the last `accumulate_grad` was called for, and how it went about it.
+    _last: tuple[list[Any] | None, _Call] | None = None
+
     def __init__(
         self,
         model: nn.Module | Iterable[nn.Parameter],
@@ -110,7 +113,6 @@ class SmoothnessPenalty(nn.Module):
         if not self._weights:
             raise ValueError("model has no weight to penalise; pass select to choose parameters")
         self._scale = 1.0
-        self._last: tuple[list[Any] | None, _Call] | None = None
         # Tensors, written in place: a new scale reaches compiled code and CUDA graphs.
         self._lambdas: dict[torch.device, Tensor] = {}
         self._scaled: dict[torch.device, Tensor] = {}
@@ -184,14 +186,19 @@ class SmoothnessPenalty(nn.Module):
         """`_prepare`, or what it said of the last call's tensors if these are like them: most calls of a training."""
         if torch.compiler.is_compiling() or in_transform():
             return self._prepare(current)
-        signature = _signature(current)
-        if signature is None or self._last is None or self._last[0] != signature:
-            self._last = signature, self._prepare(current)
-        return self._last[1]
+        signature, last = _signature(current), self._last
+        if signature is not None:
+            signature += (self.backend, self.dim, *self.coefficients.values())
+        if signature is None or last is None or last[0] != signature:
+            self._last = last = signature, self._prepare(current)
+        return last[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # it names backends, which another process may not have
 
     def _prepare(self, current: Sequence[nn.Parameter]) -> _Call:
         """Find out how to add into these weights' gradients, and raise what can be raised by them, before anything is
-        written. Nothing but their `_signature` decides."""
+        written. Nothing decides but what `_call_for` compares."""
         orders, active = self._orders, [i for i, weight in enumerate(current) if weight.requires_grad]
         weights, groups, without_grad = [current[i] for i in active], [], []
         _check_grads({self._weights[i].name: current[i] for i in active})

@@ -75,7 +75,7 @@ def plan_ranks(
             works).
         TypeError: an argument of the wrong type, or a calibration iterable that can be read only once.
     """
-    _check_keep(keep)
+    check_keep(keep)
     planner = RankPlanner(
         model,
         method=method,
@@ -92,8 +92,8 @@ def plan_ranks(
 class RankPlanner:
     """Plans of several sizes for one model: what does not depend on the size is found out once.
 
-    That are singular values, and importances and times where they are asked for. The weights are taken as they are
-    when the planner is made.
+    These are the singular values, and importances and times where they are asked for. The model is taken as it is when
+    the planner is made.
 
     Args:
         model, method, scheme, cost, rank_multiple, example_input, calibration, exclude: as in `plan_ranks`.
@@ -136,22 +136,32 @@ class RankPlanner:
         batches = [] if calibration is None or method != "global" else first_batches(calibration)
         if batches:
             importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches)
-        self._model, self._method, self._cost = model, method, cost
-        self._layers, self._refused, self._calls = layers, refused, calls
+        self._method, self._cost = method, cost
         self._choices: dict[str, list[Choice]] = {}
         for name, layer in layers.items():
             measured = reached.get(name), times.get(name), importance.get(name)
             self._choices[name] = _choices(layer, scheme, cost, rank_multiple, *measured)
+        self._parameters = _count_parameters(model)
+        self._macs = None if calls is None else sum(c.dense for c in calls.values())
+        self._dense = {
+            name: _dense_plan(layers.get(name, module), _macs(calls, name), refused.get(name))
+            for name, module in model.named_modules()
+            if name in layers or name in refused
+        }
         if cost == "params":
-            self._total = _count_parameters(model)
+            self._total = self._parameters
         elif cost == "macs":
             self._total = sum(c.dense for c in reached.values())
         else:  # a layer in the model can be faster than alone, its input still in cache
             self._total = max(measure_model(model, example_input), sum(t.dense for t in times.values()))
 
     def plan(self, keep: float) -> RankPlan:
-        """The plan of one size, as `plan_ranks` makes it."""
-        _check_keep(keep)
+        """The plan of one size, as `plan_ranks` makes it.
+
+        Raises:
+            ValueError, TypeError: ``keep`` is no number in (0, 1], or less than works (the message has the smallest).
+        """
+        check_keep(keep)
         total, choices = self._total, self._choices
         fixed = total - sum(options[-1].cost for options in choices.values())
         budget = math.floor(keep * total)
@@ -167,15 +177,8 @@ class RankPlanner:
 
     def _plan(self, picked: Mapping[str, int], keep: float) -> RankPlan:
         plans = {}
-        modules, calls = dict(self._model.named_modules()), self._calls
-        for name in (name for name in modules if name in self._layers or name in self._refused):
-            module = self._layers.get(name, modules[name])
-            weight, groups = getattr(module, "weight", None), getattr(module, "groups", 1)
-            shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-            count = weight.numel() if isinstance(weight, nn.Parameter) else 0
-            macs = None if calls is None else calls[name].dense if name in calls else 0
-            dense = LayerPlan(shape, groups, "dense", 0, count, count, 1.0, macs, macs, self._refused.get(name))
-            if name in self._refused:
+        for name, dense in self._dense.items():
+            if dense.reason is not None:
                 plans[name] = dense
                 continue
             choice = self._choices[name][picked[name]]
@@ -185,19 +188,17 @@ class RankPlanner:
                 rank=choice.rank,
                 parameters=choice.parameters,
                 energy=1 - choice.dropped,
-                macs=None if calls is None else choice.macs,
+                macs=None if self._macs is None else choice.macs,
                 reason="no rank is smaller" if len(self._choices[name]) == 1 else None,
             )
-        before = _count_parameters(self._model)
-        after = before - sum(p.parameters_before - p.parameters for p in plans.values())
-        macs_total = None if calls is None else sum(c.dense for c in calls.values())
-        macs_after = None
-        if macs_total is not None:
-            macs_after = macs_total - sum((p.macs_before or 0) - (p.macs or 0) for p in plans.values())
-        return RankPlan(self._method, self._cost, keep, before, after, macs_total, macs_after, plans)
+        after = self._parameters - sum(p.parameters_before - p.parameters for p in plans.values())
+        macs = None
+        if self._macs is not None:
+            macs = self._macs - sum((p.macs_before or 0) - (p.macs or 0) for p in plans.values())
+        return RankPlan(self._method, self._cost, keep, self._parameters, after, self._macs, macs, plans)
 
 
-def _check_keep(keep: float) -> None:
+def check_keep(keep: float) -> None:
     """Raise unless this is a share that may remain."""
     if not isinstance(keep, int | float) or isinstance(keep, bool):
         raise TypeError(f"keep must be a number, got {type(keep).__name__}")
@@ -317,3 +318,16 @@ def _choices(
             best = choice.error
             frontier.append(choice)
     return frontier
+
+
+def _macs(calls: Mapping[str, LayerCalls] | None, name: str) -> int | None:
+    if calls is None:
+        return None
+    return calls[name].dense if name in calls else 0
+
+
+def _dense_plan(module: nn.Module, macs: int | None, reason: str | None) -> LayerPlan:
+    weight, groups = getattr(module, "weight", None), getattr(module, "groups", 1)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    count = weight.numel() if isinstance(weight, nn.Parameter) else 0
+    return LayerPlan(shape, groups, "dense", 0, count, count, 1.0, macs, macs, reason)

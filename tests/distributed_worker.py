@@ -328,6 +328,8 @@ def other_dtypes_and_several_at_once() -> None:
             for weight, wanted in zip(weights, gradients, strict=True):
                 assert weight.grad.dtype == weight.dtype
                 assert_close_rel(weight.grad.full_tensor(), wanted, weight.dtype)
+        layer = SmoothnessPenalty(weights, **options).per_layer()["0"]
+        assert {term.dtype for term in layer.values()} == {torch.float32}
 
 
 @on(2, 4)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +16,7 @@ from conftest import assert_close_rel
 from test_penalties import ALL_TERMS, expected, expected_terms, small_model, weights_of
 from torch import Tensor, nn
 
-from smoothk import SmoothnessPenalty
+from smoothk import BackendUnavailable, SmoothnessPenalty, penalties
 
 
 def test_it_follows_a_model_that_is_moved() -> None:
@@ -100,33 +103,125 @@ def _exchange(model: nn.Module) -> None:
     model[4].weight = nn.Parameter(torch.randn(4, 8, dtype=torch.float64))
 
 
+def _resize(rows: int) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        model[4].weight.data = torch.randn(rows, 8)
+        model[4].weight.grad = None
+
+    return change
+
+
+def _to_half_with_gradients_in(dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        for weight in weights_of(model):
+            weight.data, weight.grad = weight.data.bfloat16(), None
+            weight.grad_dtype = dtype
+            weight.grad = torch.zeros_like(weight, dtype=dtype)
+
+    return change
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "nothing": lambda model: None,
     "frozen": lambda model: model[2].weight.requires_grad_(False),
-    "without gradients": lambda model: model.zero_grad(set_to_none=True),
+    "thawed": lambda model: model[0].weight.requires_grad_(True),
+    "without gradients": _drop_gradients,
     "another dtype": lambda model: model.double(),
     "one of another dtype": lambda model: model[4].double(),
     "another parameter": _exchange,
-    "shorter": lambda model: setattr(model[4].weight, "data", torch.randn(1, 8)) or model[4].zero_grad(),
-    "gradient of another layout": lambda model: setattr(model[4].weight, "grad", torch.zeros(8, 4).t()),
+    "shorter": _resize(1),
+    "longer": _resize(9),
+    "half precision": _to_half_with_gradients_in(torch.bfloat16),
+    "half precision, gradients in single": _to_half_with_gradients_in(torch.float32),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 @pytest.mark.parametrize("options", [ALL_TERMS, {"backend": "torch"}], ids=["all terms", "torch"])
-def test_a_call_sees_what_has_changed_since_the_last(change: Callable[[nn.Module], object], options: dict) -> None:
+@pytest.mark.parametrize("drop", [_drop_gradients, lambda model: None], ids=["without gradients", "with gradients"])
+def test_a_call_sees_what_has_changed_since_the_last(
+    change: Callable[[nn.Module], object], options: dict, drop: Callable[[nn.Module], None]
+) -> None:
     model = small_model(torch.float32)
+    model[0].weight.requires_grad_(False)
     penalty = SmoothnessPenalty(model, **options)
-    for _ in range(3):
+    for _ in range(2):
+        drop(model)
         penalty.accumulate_grad()
+    drop(model)
     change(model)
     other = copy.deepcopy(model)
     for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        its.grad_dtype = mine.grad_dtype
         its.grad = None if mine.grad is None else mine.grad.clone()
     value, expected = penalty.accumulate_grad(), SmoothnessPenalty(other, **options).accumulate_grad()
     assert value.dtype == expected.dtype
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
     for one, two in zip(weights_of(model), weights_of(other), strict=True):
+        assert (one.grad is None) == (two.grad is None)
         torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=0)
+
+
+def test_a_call_sees_weights_that_have_moved() -> None:
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model)
+    model.zero_grad()
+    penalty.accumulate_grad()
+    model.zero_grad()
+    assert penalty.accumulate_grad().device.type == "cpu"
+    model.to("meta").zero_grad()
+    assert penalty.accumulate_grad().device.type == "meta"
+
+
+def test_a_call_sees_what_has_been_set_since_the_last() -> None:
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model, first_order=0.5)
+    penalty.accumulate_grad()
+    penalty.dim = (1,)
+    model.zero_grad()
+    value = penalty.accumulate_grad()
+    torch.testing.assert_close(value, SmoothnessPenalty(model, first_order=0.5, dim=1).accumulate_grad())
+    penalty.accumulate_grad()
+    penalty.backend = "cuda"
+    with pytest.raises(BackendUnavailable, match="cuda"):
+        penalty.accumulate_grad()
+
+
+def test_a_call_sees_one_gradient_in_another_precision() -> None:
+    model = small_model(torch.bfloat16)
+    penalty = SmoothnessPenalty(model)
+    for _ in range(2):
+        penalty.accumulate_grad()
+    model[4].weight.grad = None
+    model[4].weight.grad_dtype = torch.float32
+    model[4].weight.grad = torch.zeros(4, 8)
+    penalty.accumulate_grad()
+    weight = model[4].weight.detach().float().requires_grad_()
+    SmoothnessPenalty([weight]).accumulate_grad()
+    torch.testing.assert_close(model[4].weight.grad, weight.grad)
+
+
+def test_calls_with_the_same_tensors_choose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, chosen = small_model(torch.float32), []
+    choose = penalties.choose_backends
+    monkeypatch.setattr(penalties, "choose_backends", lambda op, *args: chosen.append(op) or choose(op, *args))
+    penalty = SmoothnessPenalty(model)
+    for _ in range(4):  # gradients are missing in the first call
+        penalty.accumulate_grad()
+    assert chosen == ["difference_penalty"] * 2
+    for _ in range(2):  # tensors of a subclass are looked at in every call
+        model[4].weight = nn.Parameter(_Named(torch.randn(4, 8)))
+        model[4].weight.grad = torch.zeros(4, 8)
+        penalty.accumulate_grad()
+    assert len(chosen) == 4
+
+
+class _Named(torch.Tensor):
+    """A tensor with more to it."""
 
 
 def test_a_call_sees_gradients_that_have_become_unusable() -> None:
@@ -146,8 +241,11 @@ def test_a_call_sees_gradients_that_have_become_unusable() -> None:
 
 
 def test_a_penalty_that_was_used_can_be_copied_and_pickled() -> None:
-    model = small_model(torch.float32)
-    penalty = SmoothnessPenalty(model)
-    penalty.accumulate_grad()
-    for other in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
-        torch.testing.assert_close(other.accumulate_grad(), penalty.accumulate_grad(), rtol=0, atol=0)
+    penalty = SmoothnessPenalty(small_model(torch.float32))
+    value = penalty.accumulate_grad()
+    torch.testing.assert_close(copy.deepcopy(penalty).accumulate_grad(), value, rtol=0, atol=0)
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).accumulate_grad().item())"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(penalty), env=env, capture_output=True)
+    assert out.returncode == 0, out.stderr.decode()
+    assert float(out.stdout) == value.item()

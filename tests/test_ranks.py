@@ -413,6 +413,21 @@ def test_a_planner_makes_the_plans_of_plan_ranks_from_one_look_at_the_model(monk
             planner.plan("0.5")
 
 
+def test_a_planner_asks_calibration_inputs_and_the_clock_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, asked = perceptron(), [torch.randn(8, 20)], []
+    for name in ("direction_importance", "measure_layers", "measure_model"):
+        original = getattr(ranks, name)
+        monkeypatch.setattr(ranks, name, lambda *args, n=name, f=original: asked.append(n) or f(*args))
+    calibrated = RankPlanner(model, calibration=batches)
+    plans = {keep: calibrated.plan(keep) for keep in (0.8, 0.6)}
+    assert asked == ["direction_importance"]
+    assert plans == {keep: plan_ranks(model, keep, calibration=batches) for keep in plans}
+    asked.clear()
+    timed = RankPlanner(model, cost="latency", example_input=batches[0])
+    assert [timed.plan(keep).keep for keep in (1.0, 1.0)] == [1.0, 1.0]
+    assert asked == ["measure_layers", "measure_model"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "vit_b16"])
 def test_large_models_are_planned_in_time_and_space(name: str) -> None:

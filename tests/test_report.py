@@ -128,6 +128,26 @@ def test_a_missing_package_is_said_before_any_work(dataset: data.DataSet, monkey
         compare.compare([network("a")], dataset, [0.5], ["svd", "lamp"], title="")
 
 
+def test_calibrated_svd_is_what_compress_makes_of_the_images(dataset: data.DataSet) -> None:
+    model, batches = network("plain").model, data.calibration_batches(dataset, 100)
+    small = methods.METHODS["svd-images"].prepare(model, batches)(0.5)
+    expected = smoothk.compress(model, 0.5, calibration=batches).model.state_dict()
+    assert small.state_dict().keys() == expected.keys()
+    for name, value in small.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_a_method_that_cannot_begin_is_a_row_with_the_reason(
+    dataset: data.DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(model: nn.Module, batches: object) -> None:
+        raise ValueError("calibration needs another model")
+
+    monkeypatch.setitem(compare.METHODS, "svd", replace(compare.METHODS["svd"], prepare=prepare))
+    result = compare.compare([network("plain")], dataset, [0.5], ["svd"], title="", calibration_images=100)
+    assert result.rows[0].accuracy is None and result.rows[0].note == "calibration needs another model"
+
+
 def test_unknown_methods_are_refused(dataset: data.DataSet) -> None:
     with pytest.raises(ValueError, match="methods must be of svd, .*got \\['magic'\\]"):
         compare.compare([network("plain")], dataset, [0.5], ["magic"], title="")

@@ -93,6 +93,19 @@ def test_penalty_changes_the_weights_and_is_recorded_with_its_warm_up(
     assert not torch.equal(smooth.model.fc.weight, plain.model.fc.weight)
 
 
+def test_steps_that_share_polar_factors_take_another_way() -> None:
+    every, shared = (run(epochs=1, nuclear=1e-2, nuclear_every=n) for n in (1, 5))
+    assert not torch.equal(every.model.fc.weight, shared.model.fc.weight)
+    assert shared.history[0]["penalty"] == pytest.approx(every.history[0]["penalty"], rel=0.2)
+
+
+def test_a_network_without_a_weight_to_penalise_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "build_model", lambda *args: nn.BatchNorm2d(1))
+    with pytest.raises(ValueError, match="model has no weight to penalise"):
+        run(tmp_path / "run", nuclear=1e-3)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_strong_penalty_smooths() -> None:
     def roughness(model: nn.Module) -> float:
         return sum(smoothk.difference_penalty(w, normalized=True).item() for w in conv_weights(model))
@@ -476,6 +489,7 @@ def test_config_survives_json() -> None:
         ({"epochs": 1.5}, TypeError, "epochs must be int, got float"),
         ({"epochs": True}, TypeError, "epochs must be int, got bool"),
         ({"batch_size": -4}, ValueError, "batch_size must be at least 1, got -4"),
+        ({"nuclear_every": 0}, ValueError, "nuclear_every must be at least 1, got 0"),
         ({"lr": 0.0}, ValueError, "lr must be a finite number above 0, got 0.0"),
         ({"lr": float("nan")}, ValueError, "lr must be a finite number above 0, got nan"),
         ({"lr": "0.1"}, TypeError, "lr must be float, got str"),

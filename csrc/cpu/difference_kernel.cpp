@@ -194,7 +194,7 @@ SMOOTHK_INLINE void down_block(const Stencil<T>& s, const T* w, int64_t pitch, G
   }
   unrolled<kBlock>(SMOOTHK_EACH(i) {
     constexpr int r = i;
-    if constexpr (second && sizeof(V) == kLine) {
+    if constexpr (second && sizeof(V) == kLine) {  // worth it where it was measured: AVX-512; first order gains nothing
       prefetch<0>(w + (r + ahead) * pitch);
       prefetch<1>(out + r * out_pitch);
     }

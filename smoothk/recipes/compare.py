@@ -296,10 +296,10 @@ class _Bench:
 
     def row(self, method: str, keep: float) -> Row:
         row = replace(self.start, method=method, keep=keep, note=METHODS[method].note)
-        if method not in self.prepared:
-            self.prepared[method] = METHODS[method].prepare(self.network.model, self.calibration)
-        started = time.perf_counter()
         try:
+            if method not in self.prepared:
+                self.prepared[method] = METHODS[method].prepare(self.network.model, self.calibration)
+            started = time.perf_counter()
             model = self.prepared[method](keep)
         except ValueError as error:
             return replace(row, note=str(error))

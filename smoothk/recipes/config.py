@@ -44,7 +44,8 @@ class TrainConfig:
             from 0 up to lr, half a cosine down to 0).
         warmup: share of the steps in which the learning rate rises.
         first_order, second_order, nuclear, norm, normalized, unfolding: of `smoothk.SmoothnessPenalty`.
-        nuclear_every: steps that share the polar factors of the nuclear norm, `smoothk.SmoothnessPenalty`'s ``every``.
+        nuclear_every: steps that share the polar factors of the nuclear norm, `smoothk.SmoothnessPenalty`'s ``every``;
+            an epoch begins with new ones.
         penalty_warmup: epochs in which the penalty's scale rises from 0 to 1 in a line.
         truncate_every: steps between truncations of all convolutions, as Trained Rank Pruning does; 0 for none.
         truncate_energy: share of each convolution's energy that a truncation leaves.

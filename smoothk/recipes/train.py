@@ -215,7 +215,7 @@ class _Run:
         others = [p for p in self.model.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = _optimizer(config, groups)
-        self.penalty: SmoothnessPenalty | None = None
+        self.penalty = _penalty(config, self.model)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.images = dataset.train_images.to(device)
         self.alternates = config.flip == "alternating" and dataset.augmentation.flip
