@@ -39,7 +39,7 @@ class TrainResult:
         config: its configuration.
         dataset: the images it was trained and tested on.
         history: one record per epoch: epoch, lr, loss (without penalty), penalty (scaled), train_accuracy (%, on the
-            augmented images, while training), test_accuracy (%), seconds (training only).
+            augmented images, while training), test_accuracy (%, in the precision of the run), seconds (training only).
     """
 
     model: nn.Module
@@ -255,6 +255,7 @@ class _Run:
             self.dataset.test_images.to(self.device),
             self.dataset.test_labels.to(self.device),
             normalization=self.dataset.normalization,
+            precision=config.precision,
             channels_last=config.channels_last,
         )
         record = {
