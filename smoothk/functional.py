@@ -124,11 +124,14 @@ def _by_kind(tensors: Sequence[Tensor], grads: Sequence[Tensor | None] = ()) -> 
 
 def _sum_over_kinds(tensors: Sequence[Tensor], terms: int, values_of: Callable[[list[int]], Tensor]) -> Tensor:
     """Sum of ``values_of(indices)``, ``[terms]``, over the groups of `_by_kind`, on the first tensor's device."""
-    return _total(tensors, terms, [values_of(indices) for indices in _by_kind(tensors)])
+    groups = _by_kind(tensors)
+    return _total(tensors, terms, groups, [values_of(indices) for indices in groups])
 
 
-def _total(tensors: Sequence[Tensor], terms: int, values: Sequence[Tensor]) -> Tensor:
-    device, dtype = tensors[0].device if tensors else None, reference.result_dtype(tensors)
+def _total(tensors: Sequence[Tensor], terms: int, groups: Sequence[Sequence[int]], values: Sequence[Tensor]) -> Tensor:
+    """Sum of the groups' ``values``; a group's tensors have one dtype."""
+    device = tensors[0].device if tensors else None
+    dtype = reference.result_dtype(tensors[indices[0]] for indices in groups)
     values = [value.to(device=device, dtype=dtype) for value in values]
     return sum(values[1:], values[0]) if values else torch.zeros(terms, dtype=dtype, device=device)
 
@@ -265,7 +268,8 @@ def accumulate_difference_penalty(
 
     if groups is None:
         groups = choose_backends("difference_penalty", backend, weights, grads)
-    return _total(weights, len(orders), [values_of(indices, chosen) for indices, chosen in groups])
+    values = [values_of(indices, chosen) for indices, chosen in groups]
+    return _total(weights, len(orders), [indices for indices, _ in groups], values)
 
 
 def nuclear_norm(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from .selection import Select, select_weights
 
 TERMS = ("first_order", "second_order", "nuclear")
 _EPS = 1e-8
+_OF_WEIGHT = attrgetter("requires_grad", "device", "dtype", "layout", "shape")
+_OF_GRAD = attrgetter("device", "dtype", "layout")
 
 
 def _check_coefficient(name: str, value: float) -> float:
@@ -164,31 +167,33 @@ class SmoothnessPenalty(nn.Module):
         current = [weight.current for weight in self._weights]
         if self._is_off:
             return torch.zeros((), **_kind(current))
-        call = self._call_for(current)
+        grads = [weight.grad for weight in current]
+        call = self._call_for(current, grads)
         if not call.active:
             return torch.zeros((), **call.kind)
-        weights, orders = [current[i] for i in call.active], self._orders
-        scaled, terms = self._scaled_on(call.kind["device"]), []
-        if orders:
-            _grads(weights[i] for i in call.without_grad)
-            into = cast("list[Tensor]", [weight.grad for weight in weights])  # those that have none are in no group
-            options = {**self._difference_options, "groups": call.groups}
-            terms.append(accumulate_difference_penalty(weights, into, scaled[: len(orders)], orders, **options))
-        if self.coefficients["nuclear"]:
+        weights = [current[i] for i in call.active]
+        scaled, terms, has_nuclear = self._scaled_on(call.kind["device"]), [], self.coefficients["nuclear"] != 0
+        if call.orders:
+            into: list[Any] = [grads[i] for i in call.active]
+            for i in call.without_grad:  # what has none afterwards is in no group
+                weights[i].grad = into[i] = torch.zeros_like(weights[i])
+            own = scaled[:-1] if has_nuclear else scaled
+            terms.append(accumulate_difference_penalty(weights, into, own, call.orders, **call.options))
+        if has_nuclear:
             named = {self._weights[i].name: current[i] for i in call.active}
-            grads = dict(zip(named, _grads(weights), strict=True))
-            terms.append((scaled[-1] * self._nuclear.accumulate(named, grads, scaled[-1])).view(1))
+            nuclear = self._nuclear.accumulate(named, dict(zip(named, _grads(weights), strict=True)), scaled[-1])
+            terms.append((scaled[-1] * nuclear).view(1))
         (whole, *others) = [term.to(**call.kind) for term in terms]
         # As few launches on a GPU as can be: one term is the penalty itself.
         return whole[0] if len(whole) == 1 and not others else torch.cat([whole, *others]).sum()
 
-    def _call_for(self, current: Sequence[nn.Parameter]) -> _Call:
+    def _call_for(self, current: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> _Call:
         """`_prepare`, or what it said of the last call's tensors if these are like them: most calls of a training."""
         if torch.compiler.is_compiling() or in_transform():
             return self._prepare(current)
-        signature, last = _signature(current), self._last
+        signature, last = _signature(current, grads), self._last
         if signature is not None:
-            signature += (self.backend, self.dim, *self.coefficients.values())
+            signature += (self.backend, self.dim, self.norm, self.normalized, *self.coefficients.values())
         if signature is None or last is None or last[0] != signature:
             self._last = last = signature, self._prepare(current)
         return last[1]
@@ -210,7 +215,8 @@ class SmoothnessPenalty(nn.Module):
             without_grad = [i for i in wanted if weights[i].grad is None]
         if self.coefficients["nuclear"]:
             choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, weights)
-        return _Call(_kind(current), active, [group for group in groups if group[0]], without_grad)
+        options = {**self._difference_options, "groups": [group for group in groups if group[0]]}
+        return _Call(_kind(current), active, orders, without_grad, options)
 
     @torch.no_grad()
     def per_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -268,24 +274,24 @@ class _Call(NamedTuple):
 
     kind: dict[str, Any]  # dtype and device of the result
     active: list[int]  # the weights that are not frozen, to which the others refer
-    groups: list[tuple[list[int], str]]  # of the difference penalty: which of them, and their backend
-    without_grad: list[int]  # those of the groups whose .grad is missing
+    orders: list[int]  # of the difference penalty
+    without_grad: list[int]  # those weights it is of whose .grad is missing
+    options: dict[str, Any]  # of it, with the groups it is computed in
 
 
 def _kind(weights: Sequence[nn.Parameter]) -> dict[str, Any]:
     return {"dtype": result_dtype(weights), "device": weights[0].device}
 
 
-def _signature(weights: Iterable[nn.Parameter]) -> list[Any] | None:
+def _signature(weights: Iterable[nn.Parameter], grads: Iterable[Tensor | None]) -> list[Any] | None:
     """All of the weights and their gradients but the values and where they are; None where a subclass may have more."""
     signature: list[Any] = []
-    for weight in weights:
-        grad = weight.grad
+    for weight, grad in zip(weights, grads, strict=True):
         if type(weight) not in PLAIN or (grad is not None and type(grad) not in PLAIN):
             return None
-        signature += (weight.requires_grad, weight.device, weight.dtype, weight.layout, weight.shape)
+        signature += _OF_WEIGHT(weight)
         if grad is not None:
-            signature += (grad.device, grad.dtype, grad.layout)
+            signature += _OF_GRAD(grad)
             signature.append(grad.stride() if grad.layout is torch.strided else None)
     return signature
 

@@ -179,13 +179,15 @@ def test_a_call_sees_weights_that_have_moved() -> None:
 
 def test_a_call_sees_what_has_been_set_since_the_last() -> None:
     model = small_model(torch.float32)
-    penalty = SmoothnessPenalty(model, first_order=0.5)
-    penalty.accumulate_grad()
-    penalty.dim = (1,)
-    model.zero_grad()
-    value = penalty.accumulate_grad()
-    torch.testing.assert_close(value, SmoothnessPenalty(model, first_order=0.5, dim=1).accumulate_grad())
-    penalty.accumulate_grad()
+    penalty, options = SmoothnessPenalty(model, first_order=0.5), {}
+    penalty.accumulate_grad()  # there are gradients from here on
+    for change in ({"dim": (1,)}, {"norm": "l1"}, {"normalized": True}):
+        penalty.accumulate_grad()
+        for name, value in change.items():
+            setattr(penalty, name, value)
+        options |= change
+        value = penalty.accumulate_grad()
+        torch.testing.assert_close(value, SmoothnessPenalty(model, first_order=0.5, **options).accumulate_grad())
     penalty.backend = "cuda"
     with pytest.raises(BackendUnavailable, match="cuda"):
         penalty.accumulate_grad()
