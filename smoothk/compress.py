@@ -122,7 +122,8 @@ def compress(
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
             It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
             nothing data-dependent runs.
-        refit: whether the factors are fitted to the dense layers' outputs on ``calibration`` (least squares).
+        refit: whether the factors, and a classifier that stays dense, are fitted to the dense layers' outputs on
+            ``calibration`` (least squares).
         **plan_options: passed on to `plan_ranks`.
 
     Returns:
@@ -136,7 +137,8 @@ def compress(
     small = factorize(model, plan)
     if calibration is not None:
         if refit:
-            refit_factors(model, small, calibration)
+            excluded = [name for name, layer in plan.layers.items() if layer.reason == "excluded"]
+            refit_factors(model, small, calibration, exclude=excluded)
         recalibrate_batch_norm(small, calibration)
     return CompressionResult(small, plan, plan.table())
 

@@ -6,11 +6,14 @@ dense model's: the asymmetric reconstruction of Zhang, Zou, He & Sun, "Accelerat
 classification and detection" (arXiv 1505.06798), without its treatment of the ReLU. In the channel scheme this is
 reduced-rank regression (Izenman, 1975). In the spatial one the regressed weight is truncated in the metric of the
 k_h x 1 patches, all columns alike, and ``u`` is then the exact least-squares solution for that ``v``.
+
+Linear layers behind the last low-rank one, a classifier that stayed dense, are fitted as well: they can undo a part of
+what is lost before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .candidates import find_candidates
 from .layers import Conv, _LowRank
 from .macs import run
-from .regression import fit, patches, rows
+from .regression import Fitted, fit, patches, rows
 from .transposed import as_linear, transposed_linear_types
 
 _FINE = 1 << 25  # entries of patches that are formed at a time
@@ -55,7 +59,7 @@ class Moments:
 
 @dataclass
 class _Order:
-    """Low-rank layers by their first call, how often each is called, and those whose output batch norm takes."""
+    """Layers by their first call, how often each is called, and those whose output batch norm takes."""
 
     calls: dict[str, int] = field(default_factory=dict)
     normalised: set[str] = field(default_factory=set)
@@ -66,13 +70,20 @@ class _Done(Exception):
 
 
 def refit_factors(
-    model: nn.Module, small: nn.Module, batches: Iterable[Any], *, ridge: float = 1e-2, together: int = 1
+    model: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Any],
+    *,
+    ridge: float = 1e-2,
+    together: int = 1,
+    exclude: Collection[str] = (),
 ) -> nn.Module:
-    """Fit the factors (and the bias) of every low-rank layer of ``small`` to the same layer of ``model``.
+    """Fit the factors (and the bias) of every low-rank layer of ``small`` to the same layer of ``model``, and the
+    weights of the linear layers behind the last of them.
 
     In place; no gradient and no label. Each layer takes a pass of both models over ``batches`` as far as that layer,
     batch norm of ``small`` normalising by each batch; recalibrate it afterwards. A layer whose error on ``batches``
-    would not fall keeps its factors.
+    would not fall keeps what it has.
 
     Args:
         model: the dense model; not changed.
@@ -82,6 +93,7 @@ def refit_factors(
         ridge: weight of the distance to the dense weight, as a share of the inputs' mean square; at least 0. It decides
             in directions that the inputs do not reach.
         together: layers fitted in one pass; more are faster, and see inputs that the others of the pass do not change.
+        exclude: names of layers to leave as they are.
 
     Returns:
         ``small``.
@@ -97,15 +109,17 @@ def refit_factors(
         raise ValueError(f"ridge must be at least 0, got {ridge}")
     if not isinstance(together, int) or isinstance(together, bool) or together < 1:
         raise ValueError(f"together must be an int of at least 1, got {together!r}")
-    pairs = {
-        name: (model.get_submodule(name), layer) for name, layer in small.named_modules() if isinstance(layer, _LowRank)
-    }
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a collection of names, got {exclude!r}")
+    pairs = {name: (model.get_submodule(name), layer) for name, layer in _fitted_layers(small) if name not in exclude}
     pairs = {name: pair for name, pair in pairs.items() if not isinstance(pair[0], _LowRank)}
     before = [(p, p.detach().clone()) for _, layer in pairs.values() for p in layer.parameters()]
     try:
         with torch.no_grad(), _evaluating(model), normalising_by_batch(small):
             order = _call_order(small, {name: layer for name, (_, layer) in pairs.items()}, batches)
             names = list(order.calls)
+            low_rank = [i for i, name in enumerate(names) if isinstance(pairs[name][1], _LowRank)]
+            names = [name for i, name in enumerate(names) if i in low_rank or i > max(low_rank, default=len(names))]
             for start in range(0, len(names), together):
                 part = names[start : start + together]
                 found = _collect(model, small, {name: pairs[name] for name in part}, order, batches)
@@ -118,6 +132,16 @@ def refit_factors(
                 parameter.copy_(value)
         raise
     return small
+
+
+def _fitted_layers(small: nn.Module) -> Iterator[tuple[str, Fitted]]:
+    """Low-rank layers, and linear ones that could have been."""
+    for name, layer in small.named_modules():
+        if isinstance(layer, _LowRank):
+            yield name, layer
+    for name, layer in find_candidates(small).layers.items():
+        if layer is small.get_submodule(name) and isinstance(layer, nn.Linear):
+            yield name, layer
 
 
 def _torch_layer(dense: nn.Module) -> Conv | nn.Linear:
@@ -157,7 +181,7 @@ def _call_order(small: nn.Module, layers: dict[str, nn.Module], batches: Iterabl
 def _collect(
     model: nn.Module,
     small: nn.Module,
-    pairs: dict[str, tuple[nn.Module, _LowRank]],
+    pairs: dict[str, tuple[nn.Module, Fitted]],
     order: _Order,
     batches: Iterable[Any],
 ) -> dict[str, Moments]:
@@ -180,7 +204,7 @@ def _collect(
         return hook
 
     def meet(name: str) -> Callable:
-        def hook(module: _LowRank, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(module: Fitted, args: tuple, kwargs: dict[str, Any]) -> None:
             x, y = patches(module, args[0] if args else kwargs["input"]), outputs[name].pop(0)
             size = max(_FINE // max(x.shape[0] * x.shape[1], 1), 1)
             for part, wanted in zip(x.split(size, -1), y.split(size, -1), strict=True):

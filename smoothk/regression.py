@@ -1,4 +1,4 @@
-"""Low-rank least squares of one layer: the samples that it is fitted to, and the factors that fit them best."""
+"""Least squares of one layer: the samples that it is fitted to, and the factors or the weight that fit them best."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from .unfolding import fold, unfold
 if TYPE_CHECKING:
     from .refit import Moments
 
+Fitted = _LowRank | nn.Linear
+
 POSITIONS = 32  # taken of each image, at random; neighbours say much the same
 _METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
 
 
-def patches(layer: _LowRank, x: Tensor) -> Tensor:
+def patches(layer: Fitted, x: Tensor) -> Tensor:
     """What one position of the output sees, ``[groups, C_in/groups * prod(kernel), samples]``, at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not isinstance(layer, _LowRankConvNd):
@@ -37,7 +39,7 @@ def patches(layer: _LowRank, x: Tensor) -> Tensor:
     return x.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
 
 
-def rows(layer: _LowRank, output: Tensor) -> Tensor:
+def rows(layer: Fitted, output: Tensor) -> Tensor:
     """An output at the same samples, ``[groups, C_out/groups, samples]``, at least float32."""
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     if isinstance(layer, _LowRankConvNd):
@@ -69,9 +71,9 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def fit(
-    dense: Conv | nn.Linear, layer: _LowRank, moments: Moments, ridge: float, normalised: bool, name: str = ""
+    dense: Conv | nn.Linear, layer: Fitted, moments: Moments, ridge: float, normalised: bool, name: str = ""
 ) -> None:
-    """Set the factors and the bias of ``layer`` to those that give ``moments.y`` from ``moments.x`` best.
+    """Set what ``layer`` has, factors or a weight, and its bias to what gives ``moments.y`` from ``moments.x`` best.
 
     Means count where nothing after the layer removes them: not where it has a bias, which takes them up, nor where
     batch norm follows (``normalised``).
@@ -85,6 +87,28 @@ def fit(
     if layer.bias is not None or normalised:
         gram = gram - x.unsqueeze(-1) * x.unsqueeze(-2)
         cross = cross - y.unsqueeze(-1) * x.unsqueeze(-2)
+    if isinstance(layer, nn.Linear):
+        weight = _fit_weight(dense, layer, gram, cross, ridge, floor)
+    else:
+        weight = _fit_factors(dense, layer, gram, cross, ridge, floor)
+    if layer.bias is not None:
+        layer.bias.copy_((y - (weight @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
+
+
+def _fit_weight(
+    dense: Conv | nn.Linear, layer: nn.Linear, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor
+) -> Tensor:
+    present, start = layer.weight.detach().double()[None], dense.weight.detach().double()[None]
+    candidates = [present, _regressed(start, gram, cross, ridge, floor)]
+    weight = min(candidates, key=lambda weight: _error(weight, gram, cross))
+    if weight is not present:
+        layer.weight.copy_(weight[0])
+    return weight
+
+
+def _fit_factors(
+    dense: Conv | nn.Linear, layer: _LowRank, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor
+) -> Tensor:
     problem = _Problem(dense, layer, gram, cross, floor)
     candidates = [problem.present(), problem.refitted(problem.present()), problem.refitted(problem.regressed(ridge))]
     u, v = min(candidates, key=problem.error)  # the first of equals
@@ -94,8 +118,7 @@ def fit(
         u, v = u / root.unsqueeze(-2), v * root.unsqueeze(-1)
         layer.v.copy_(v.reshape(layer.v.shape))
         layer.u.copy_(layer._u_from_matrices(u) if isinstance(layer, _LowRankConvNd) else u[0])
-    if layer.bias is not None:
-        layer.bias.copy_((y - (problem.weight(u, v) @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
+    return problem.weight(u, v)
 
 
 class _Problem:
@@ -118,7 +141,7 @@ class _Problem:
 
     def regressed(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Ridge regression towards the dense weight, projected onto the directions of the largest outputs."""
-        weight = self.dense + _solve(self.gram, self.cross - self.dense @ self.gram, ridge, self.floor)
+        weight = _regressed(self.dense, self.gram, self.cross, ridge, self.floor)
         matrix = unfold(fold(weight, self.shape, "channel"), self.scheme, self.groups)
         metric = self.gram
         if self.spatial:
@@ -146,9 +169,7 @@ class _Problem:
         return self._beside_maps(u) @ self._maps(v)
 
     def error(self, factors: tuple[Tensor, Tensor]) -> float:
-        """Mean squared distance to the outputs, but for a constant."""
-        weight = self.weight(*factors)
-        return ((weight @ self.gram - 2 * self.cross) * weight).sum().item()
+        return _error(self.weight(*factors), self.gram, self.cross)
 
     def _maps(self, v: Tensor) -> Tensor:
         """From a patch to what ``u`` is multiplied by: the intermediate, in the spatial scheme its k_w columns."""
@@ -166,6 +187,16 @@ class _Problem:
             return u
         split = u.reshape(self.groups, -1, self.shape[3], self.layer.rank)
         return split.transpose(2, 3).reshape(self.groups, split.shape[1], -1)
+
+
+def _error(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
+    """Mean squared distance to the outputs, but for a constant."""
+    return ((weight @ gram - 2 * cross) * weight).sum().item()
+
+
+def _regressed(dense: Tensor, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor) -> Tensor:
+    """Ridge regression towards the dense weight."""
+    return dense + _solve(gram, cross - dense @ gram, ridge, floor)
 
 
 def _damped(gram: Tensor, ridge: float, floor: Tensor) -> Tensor:

@@ -156,6 +156,71 @@ def test_whole_models_come_closer_to_the_dense_output(name: str, together: int) 
     assert not any(m._forward_hooks for both in (model, small) for m in both.modules())
 
 
+def tail() -> nn.Module:
+    """Layers of both kinds in front of a convolution that will be factorised, and behind it."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(8, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 6, bias=False),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+    ).double()
+
+
+def compress_only(model: nn.Module, name: str) -> nn.Module:
+    """``model`` with one low-rank layer."""
+    others = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear) and n != name]
+    return smoothk.factorize(model, smoothk.plan_ranks(model, 0.75, exclude=others))
+
+
+def test_linear_layers_behind_the_last_low_rank_one_get_the_least_squares_solution() -> None:
+    model = tail().eval()
+    small = compress_only(model, "1")
+    before = copy.deepcopy(small)
+    batches = [torch.randn(50, 3, 7, 8, dtype=torch.float64) for _ in range(3)]
+    refit_factors(model, small, batches, ridge=0)
+    for name, parameter in small.named_parameters():  # nothing else, in front of it or a convolution, has changed
+        assert torch.equal(parameter, before.get_parameter(name)) == (name[0] not in "179"), name
+    small.train()
+    for index in (7, 9):
+        with torch.no_grad():
+            x = torch.cat([small[:index](batch) for batch in batches])
+            y = torch.cat([model[: index + 1](batch) for batch in batches]).numpy()
+            found = small[index](x).numpy()
+        design = torch.cat([x, torch.ones_like(x[:, :1])], 1).numpy() if index == 9 else x.numpy()
+        best = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+        assert np.square(found - y).sum() == pytest.approx(np.square(best - y).sum(), rel=1e-6)
+
+
+def test_a_classifier_keeps_what_is_better() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 6)).double()
+    small, batches = compress_only(model, "0"), [torch.randn(400, 20, dtype=torch.float64)]
+    refit_factors(model, small, batches, ridge=0)
+    fitted = small[2].weight.clone()
+    refit_factors(model, small, batches, ridge=1e3)  # close to the dense weight
+    torch.testing.assert_close(small[2].weight, fitted, rtol=0.1, atol=0.1 * fitted.std().item())
+
+
+def test_linear_layers_in_front_and_excluded_ones_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 6))
+    batches = [torch.randn(200, 20) for _ in range(2)]
+    small = compress_only(model, "2")
+    refit_factors(model, small, batches)
+    assert torch.equal(small[0].weight, model[0].weight)
+    assert not torch.equal(small[4].weight, model[4].weight)
+    small = compress_only(model, "2")
+    refit_factors(model, small, batches, exclude=["4"])
+    assert torch.equal(small[4].weight, model[4].weight)
+    assert torch.equal(small[4].bias, model[4].bias)
+    dense = {"keep": 0.75, "calibration": batches, "exclude": ["0", "4"]}
+    assert torch.equal(smoothk.compress(model, **dense).model[4].weight, model[4].weight)
+
+
 def statistics(model: nn.Module) -> list[Tensor]:
     return [t.clone() for t in (*model.parameters(), *model.buffers())]
 
@@ -186,6 +251,7 @@ def test_inputs_that_span_nothing_work(value: float) -> None:
     [
         ({"together": 0}, ValueError, "together must be an int of at least 1, got 0"),
         ({"ridge": -1.0}, ValueError, "ridge must be at least 0, got -1.0"),
+        ({"exclude": "0"}, TypeError, "exclude must be a collection of names, got '0'"),
         ({"batches": []}, ValueError, "batches must hold at least one batch, got none"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"small": None}, TypeError, "small must be a torch.nn.Module, got NoneType"),
