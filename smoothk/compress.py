@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .candidates import find_candidates
+from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
+from .outputs import first_batches
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -123,7 +125,7 @@ def compress(
             It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
             nothing data-dependent runs.
         refit: whether the factors, and a classifier that stays dense, are fitted to the dense layers' outputs on
-            ``calibration`` (least squares).
+            ``calibration`` (least squares), with the method "global" weighted by those outputs' importance.
         **plan_options: passed on to `plan_ranks`.
 
     Returns:
@@ -138,7 +140,10 @@ def compress(
     if calibration is not None:
         if refit:
             excluded = [name for name, layer in plan.layers.items() if layer.reason == "excluded"]
-            refit_factors(model, small, calibration, exclude=excluded)
+            importance = None
+            if plan.method == "global":
+                importance = output_importance(model, plan.factorized, first_batches(calibration))
+            refit_factors(model, small, calibration, exclude=excluded, importance=importance)
         recalibrate_batch_norm(small, calibration)
     return CompressionResult(small, plan, plan.table())
 

@@ -1,25 +1,28 @@
-"""How much each singular direction of each layer matters to the output: a Fisher diagonal in the basis of the SVD.
+"""How much each singular direction of each layer, and each of its outputs, matters to the output of the model.
 
-For a loss that is a log-likelihood, dropping the direction ``σ u vᵀ`` of a weight changes it by about half of
-``E[(σ uᵀ G v)²]``, with ``G`` the gradient in the weight for a label drawn from the model's own prediction (the
-true Fisher, not the empirical one: Kunstner, Balles & Hennig, arXiv 1905.12558; per direction: George et al., arXiv
-1806.03884). No label is needed, no weight is changed. Batch norm normalises by each batch, so that what recalibration
-will undo does not count.
+The first is a Fisher diagonal in the basis of the SVD. For a loss that is a log-likelihood, dropping the direction
+``σ u vᵀ`` of a weight changes it by about half of ``E[(σ uᵀ G v)²]``, with ``G`` the gradient in the weight for a label
+drawn from the model's own prediction (the true Fisher, not the empirical one: Kunstner, Balles & Hennig, arXiv
+1905.12558; per direction: George et al., arXiv 1806.03884). The second is the factor ``E[g gᵀ]`` of K-FAC (Martens &
+Grosse, arXiv 1503.05671), ``g`` being the gradient in the layer's output. No label is needed, no weight is changed.
+Batch norm normalises by each batch, so that what recalibration will undo does not count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .layers import Conv
 from .macs import run
 from .outputs import floating_tensors, is_logits
 from .refit import normalising_by_batch
+from .regression import rows
 from .svd import full_rank, truncated_factors
 from .transposed import transposed_linear_types
 from .unfolding import unfold
@@ -54,34 +57,92 @@ def direction_importance(
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)
             factors[name, scheme] = u.to(dtype), v.to(dtype)
             sums[name, scheme] = torch.zeros(u.shape[-1], dtype=torch.float64, device=u.device)
-    generator = torch.Generator().manual_seed(0)
-    draws = math.ceil(DRAWS / len(batches))
-    with normalising_by_batch(copy):
-        for batch in batches:
-            with torch.enable_grad():
-                outputs = [t for t in floating_tensors(run(copy, batch)) if t.requires_grad]
-            if not outputs:
-                raise ValueError("calibration needs a model with differentiable floating-point outputs, got none")
-            for draw in range(draws):
-                gradients = torch.autograd.grad(
-                    outputs,
-                    list(weights.values()),
-                    [_score(output, generator, is_logits(outputs)) for output in outputs],
-                    retain_graph=draw + 1 < draws,
-                    allow_unused=True,
-                )
-                for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
-                    for scheme in schemes(layer) if gradient is not None else ():
-                        u, v = factors[name, scheme]
-                        g = gradient.t() if name in transposed else gradient
-                        g = unfold(g, scheme, getattr(layer, "groups", 1)).to(u.dtype)
-                        sums[name, scheme] += ((u.mT @ g) * v).sum(-1, dtype=torch.float64).square().sum(0)
+
+    def add(gradients: Sequence[Tensor | None]) -> None:
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            if gradient is None:
+                continue
+            for scheme in schemes(layer):
+                u, v = factors[name, scheme]
+                g = gradient.t() if name in transposed else gradient
+                g = unfold(g, scheme, getattr(layer, "groups", 1)).to(u.dtype)
+                sums[name, scheme] += ((u.mT @ g) * v).sum(-1, dtype=torch.float64).square().sum(0)
+
+    draws = _differentiate(copy, batches, lambda: list(weights.values()), add)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, scheme), total in sums.items():
         if not torch.isfinite(total).all():
             raise ValueError(f"calibration must give finite gradients in layer {name!r}, got NaN or Inf")
-        found[name][scheme] = total / (draws * len(batches))
+        found[name][scheme] = total / draws
     return found
+
+
+def output_importance(model: nn.Module, layers: Collection[str], batches: list[Any]) -> dict[str, Tensor]:
+    """Mean of ``g gᵀ``, ``[groups, C_out/groups, C_out/groups]`` float64, by layer, summed over inputs and positions.
+
+    ``g`` is the gradient in a layer's output. Positions are those of `smoothk.regression.rows`.
+
+    Args:
+        model: not changed; a copy is differentiated.
+        layers: names of convolutions and linear layers; one that the batches do not reach is left out.
+        batches: inputs; at least one.
+    """
+    from .compress import deep_copy
+
+    copy = deep_copy(model).requires_grad_(False)
+    called: list[tuple[str, GradientEdge]] = []  # edges, because what follows a layer may write into its output
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                called.append((name, get_gradient_edge(output)))
+
+        return hook
+
+    for name in layers:
+        layer = copy.get_submodule(name)
+        layer.get_parameter("weight").requires_grad_(True)
+        layer.register_forward_hook(keep(name))
+    sums: dict[str, Tensor] = {}
+
+    def add(gradients: Sequence[Tensor | None]) -> None:
+        for (name, _), gradient in zip(called, gradients, strict=True):
+            if gradient is not None:
+                g = rows(copy.get_submodule(name), gradient)
+                sums[name] = sums.get(name, 0) + (g @ g.mT).double()
+
+    draws = _differentiate(copy, batches, lambda: [edge for _, edge in called], add, called.clear)
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise ValueError(f"calibration must give finite gradients in layer {name!r}, got NaN or Inf")
+    return {name: total / draws for name, total in sums.items()}
+
+
+def _differentiate(
+    model: nn.Module,
+    batches: list[Any],
+    inputs: Callable[[], Sequence[Any]],
+    add: Callable[[Sequence[Tensor | None]], None],
+    before: Callable[[], None] = lambda: None,
+) -> int:
+    """Call ``add`` with the gradients of scores in ``inputs()``; how often.
+
+    ``before`` is called before, ``inputs`` after each forward pass.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = math.ceil(DRAWS / len(batches))
+    with normalising_by_batch(model):
+        for batch in batches:
+            before()
+            with torch.enable_grad():
+                outputs = [t for t in floating_tensors(run(model, batch)) if t.requires_grad]
+            if not outputs:
+                raise ValueError("calibration needs a model with differentiable floating-point outputs, got none")
+            for draw in range(draws):
+                scores = [_score(output, generator, is_logits(outputs)) for output in outputs]
+                retain = draw + 1 < draws
+                add(torch.autograd.grad(outputs, inputs(), scores, retain_graph=retain, allow_unused=True))
+    return draws * len(batches)
 
 
 def _score(output: Tensor, generator: torch.Generator, logits: bool) -> Tensor:

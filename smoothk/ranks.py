@@ -155,6 +155,11 @@ class RankPlanner:
         else:  # a layer in the model can be faster than alone, its input still in cache
             self._total = max(measure_model(model, example_input), sum(t.dense for t in times.values()))
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that a plan may factorise."""
+        return tuple(self._choices)
+
     def plan(self, keep: float) -> RankPlan:
         """The plan of one size, as `plan_ranks` makes it.
 

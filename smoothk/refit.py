@@ -13,7 +13,7 @@ what is lost before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +77,7 @@ def refit_factors(
     ridge: float = 1e-2,
     together: int = 1,
     exclude: Collection[str] = (),
+    importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Fit the factors (and the bias) of every low-rank layer of ``small`` to the same layer of ``model``, and the
     weights of the linear layers behind the last of them.
@@ -94,6 +95,8 @@ def refit_factors(
             in directions that the inputs do not reach.
         together: layers fitted in one pass; more are faster, and see inputs that the others of the pass do not change.
         exclude: names of layers to leave as they are.
+        importance: by layer, a positive semidefinite ``[groups, C_out/groups, C_out/groups]``: what an error of the
+            outputs costs, up to a factor. `smoothk.importance.output_importance` finds it; default: all cost the same.
 
     Returns:
         ``small``.
@@ -125,7 +128,8 @@ def refit_factors(
                 found = _collect(model, small, {name: pairs[name] for name in part}, order, batches)
                 for name, moments in found.items():
                     dense, layer = pairs[name]
-                    fit(_torch_layer(dense), layer, moments, ridge, name in order.normalised, name)
+                    weights, normalised = (importance or {}).get(name), name in order.normalised
+                    fit(_torch_layer(dense), layer, moments, ridge, normalised, weights, name)
     except BaseException:
         with torch.no_grad():
             for parameter, value in before:

@@ -20,6 +20,7 @@ Fitted = _LowRank | nn.Linear
 
 POSITIONS = 32  # taken of each image, at random; neighbours say much the same
 _METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
+_ALIKE = 0.1  # of the importance of outputs
 
 
 def patches(layer: Fitted, x: Tensor) -> Tensor:
@@ -39,11 +40,12 @@ def patches(layer: Fitted, x: Tensor) -> Tensor:
     return x.permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
 
 
-def rows(layer: Fitted, output: Tensor) -> Tensor:
-    """An output at the same samples, ``[groups, C_out/groups, samples]``, at least float32."""
+def rows(layer: nn.Module, output: Tensor) -> Tensor:
+    """An output, of a dense layer too, at the same samples, ``[groups, C_out/groups, samples]``, at least float32."""
     output = output.to(torch.promote_types(output.dtype, torch.float32))
-    if isinstance(layer, _LowRankConvNd):
-        y = output if output.dim() > layer.axes + 1 else output.unsqueeze(0)
+    axes = len(getattr(layer, "kernel_size", ()))
+    if axes:
+        y = output if output.dim() > axes + 1 else output.unsqueeze(0)
     else:
         y = output.movedim(-1, 1) if output.dim() > 1 else output.unsqueeze(0)
     y = _samples(y)
@@ -71,12 +73,19 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def fit(
-    dense: Conv | nn.Linear, layer: Fitted, moments: Moments, ridge: float, normalised: bool, name: str = ""
+    dense: Conv | nn.Linear,
+    layer: Fitted,
+    moments: Moments,
+    ridge: float,
+    normalised: bool,
+    importance: Tensor | None = None,
+    name: str = "",
 ) -> None:
     """Set what ``layer`` has, factors or a weight, and its bias to what gives ``moments.y`` from ``moments.x`` best.
 
     Means count where nothing after the layer removes them: not where it has a bias, which takes them up, nor where
-    batch norm follows (``normalised``).
+    batch norm follows (``normalised``). ``importance`` says which errors of the outputs count more, as in
+    `smoothk.refit.refit_factors`.
     """
     x, y = moments.x / moments.count, moments.y / moments.count
     gram, cross = moments.xx / moments.count, moments.yx / moments.count
@@ -90,7 +99,7 @@ def fit(
     if isinstance(layer, nn.Linear):
         weight = _fit_weight(dense, layer, gram, cross, ridge, floor)
     else:
-        weight = _fit_factors(dense, layer, gram, cross, ridge, floor)
+        weight = _fit_factors(_Problem(dense, layer, gram, cross, floor, importance), ridge)
     if layer.bias is not None:
         layer.bias.copy_((y - (weight @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
 
@@ -106,10 +115,8 @@ def _fit_weight(
     return weight
 
 
-def _fit_factors(
-    dense: Conv | nn.Linear, layer: _LowRank, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor
-) -> Tensor:
-    problem = _Problem(dense, layer, gram, cross, floor)
+def _fit_factors(problem: _Problem, ridge: float) -> Tensor:
+    layer = problem.layer
     candidates = [problem.present(), problem.refitted(problem.present()), problem.refitted(problem.regressed(ridge))]
     u, v = min(candidates, key=problem.error)  # the first of equals
     if u is not candidates[0][0]:
@@ -125,12 +132,22 @@ class _Problem:
     """One layer's least squares; factors are matrices ``u [groups, rows, rank]``, ``v [groups, rank, columns]`` of its
     scheme's unfolding, float64."""
 
-    def __init__(self, dense: Conv | nn.Linear, layer: _LowRank, gram: Tensor, cross: Tensor, floor: Tensor) -> None:
+    def __init__(
+        self,
+        dense: Conv | nn.Linear,
+        layer: _LowRank,
+        gram: Tensor,
+        cross: Tensor,
+        floor: Tensor,
+        importance: Tensor | None = None,
+    ) -> None:
         self.layer, self.gram, self.cross, self.floor = layer, gram, cross, floor
         self.shape, self.groups = tuple(dense.weight.shape), getattr(layer, "groups", 1)
         self.scheme = getattr(layer, "scheme", "channel")
         self.spatial = self.scheme == "spatial"
         self.dense = unfold(dense.weight.detach().double(), "channel", self.groups)
+        eye = torch.eye(self.dense.shape[1], dtype=gram.dtype, device=gram.device)
+        self.importance = eye if importance is None else _evened(importance)
 
     def present(self) -> tuple[Tensor, Tensor]:
         """The factors that the layer has."""
@@ -149,9 +166,22 @@ class _Problem:
             split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
             total = total_of(split[:, :, :, j, :, :, j] for j in range(k_w))
             metric = total.reshape(self.groups, c_in * k_h, -1) / k_w
+        root, inverse = self._roots()
+        matrix = root @ matrix
         outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.floor) @ matrix.mT
         u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
-        return u, u.mT @ matrix
+        return inverse @ u, u.mT @ matrix
+
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        """The square root of the importance of the unfolding's rows, and its inverse."""
+        values, vectors = torch.linalg.eigh(self.importance)
+        roots = [(vectors * values.unsqueeze(-2).pow(power)) @ vectors.mT for power in (0.5, -0.5)]
+        if self.spatial:
+            columns = torch.eye(self.shape[3], dtype=values.dtype, device=values.device)
+            roots = [
+                torch.stack([torch.kron(part, columns) for part in root.expand(self.groups, -1, -1)]) for root in roots
+            ]
+        return roots[0], roots[1]
 
     def refitted(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best ``u`` for this ``v``."""
@@ -169,7 +199,7 @@ class _Problem:
         return self._beside_maps(u) @ self._maps(v)
 
     def error(self, factors: tuple[Tensor, Tensor]) -> float:
-        return _error(self.weight(*factors), self.gram, self.cross)
+        return _error(self.weight(*factors), self.gram, self.cross, self.importance)
 
     def _maps(self, v: Tensor) -> Tensor:
         """From a patch to what ``u`` is multiplied by: the intermediate, in the spatial scheme its k_w columns."""
@@ -189,9 +219,18 @@ class _Problem:
         return split.transpose(2, 3).reshape(self.groups, split.shape[1], -1)
 
 
-def _error(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
+def _error(weight: Tensor, gram: Tensor, cross: Tensor, importance: Tensor | None = None) -> float:
     """Mean squared distance to the outputs, but for a constant."""
-    return ((weight @ gram - 2 * cross) * weight).sum().item()
+    product = weight @ gram - 2 * cross
+    return ((product if importance is None else importance @ product) * weight).sum().item()
+
+
+def _evened(importance: Tensor) -> Tensor:
+    """``importance`` with a mean diagonal of 1, a share of which all outputs have alike."""
+    diagonal = importance.diagonal(dim1=-2, dim2=-1)
+    size = diagonal.mean(-1)[..., None, None]
+    eye = torch.eye(diagonal.shape[-1], dtype=importance.dtype, device=importance.device)
+    return torch.where(size > 0, (1 - _ALIKE) * importance / size.clamp_min(1e-300) + _ALIKE * eye, eye)
 
 
 def _regressed(dense: Tensor, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import smoothk
 from smoothk import LowRankConv2d, LowRankLinear, compress, factorize, plan_ranks
+from smoothk.importance import output_importance
 from smoothk.layers import _LowRank
 from smoothk.ranks import METHODS
 from smoothk.refit import refit_factors
@@ -203,10 +204,23 @@ def test_calibration_refits_and_recalibrates_after_factorising(refit: bool) -> N
     assert result.model.training
     by_hand = factorize(model, result.plan)
     if refit:
-        refit_factors(model, by_hand, batches)
+        importance = output_importance(model, result.plan.factorized, batches)
+        refit_factors(model, by_hand, batches, importance=importance)
     smoothk.recalibrate_batch_norm(by_hand, batches)
     torch.testing.assert_close(result.model.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
     assert not torch.equal(result.model[1].running_mean, model[1].running_mean)
+
+
+def test_only_global_plans_need_gradients() -> None:
+    class Rounded(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).detach()
+
+    model, batches = Rounded(*plain()), [torch.randn(4, 3, 9, 8)]
+    by_hand = factorize(model, plan_ranks(model, 0.85, method="uniform"))
+    smoothk.recalibrate_batch_norm(refit_factors(model, by_hand, batches), batches)
+    result = compress(model, 0.85, calibration=batches, method="uniform")
+    torch.testing.assert_close(result.model.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
 
 
 def test_without_calibration_nothing_depends_on_data() -> None:

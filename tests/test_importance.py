@@ -1,4 +1,4 @@
-"""`smoothk.importance`: the Fisher diagonal in the singular directions, against its exact value in float64."""
+"""`smoothk.importance`: Fisher information of singular directions and of outputs, against exact values in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smoothk import factorize, importance, plan_ranks
 from smoothk.candidates import find_candidates
-from smoothk.importance import direction_importance
+from smoothk.importance import direction_importance, output_importance
 
 
 def both(layer: nn.Module) -> tuple[str, ...]:
@@ -40,6 +40,52 @@ def test_other_outputs_are_taken_as_gaussian(monkeypatch: pytest.MonkeyPatch) ->
     _, s, v = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
     exact = s.square() * (x @ v.mT).square().sum(0) / model(x).detach().square().mean()
     torch.testing.assert_close(found, exact, rtol=0.1, atol=0.01 * float(exact.max()))
+
+
+def test_outputs_of_a_classifier_get_the_exact_fisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "DRAWS", 3000)
+    model = nn.Sequential(nn.Linear(5, 4)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    (found,) = output_importance(model, ["0"], [x]).values()
+    p = model(x).detach().softmax(1)
+    exact = torch.diag(p.sum(0)) - p.mT @ p
+    torch.testing.assert_close(found, exact[None], rtol=0.1, atol=0.02 * float(exact.max()))
+
+
+def test_gradients_are_those_of_the_output_itself() -> None:
+    """Not of what an operation in place makes of it; a layer that is called twice counts both times."""
+    shared = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    models = [nn.Sequential(nn.Conv2d(3, 4, 1), act, shared, act, shared, nn.Flatten()).double()
+              for act in (nn.ReLU(inplace=True), nn.ReLU())]  # fmt: skip
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    found, expected = (output_importance(model, ["0", "2"], [x]) for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert found["2"].shape == (2, 2, 2)
+    outputs, value = [], x
+    for layer in models[1]:
+        value = layer(value)
+        outputs.append(value)
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(1, 4, 4).double()
+    for _ in range(importance.DRAWS):
+        score = importance._score(value, generator, logits=True)
+        (g,) = torch.autograd.grad(value, [outputs[0]], score, retain_graph=True)
+        total += torch.einsum("nchw,ndhw->cd", g, g)
+    torch.testing.assert_close(found["0"], total / importance.DRAWS, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_of_every_kind_of_layer(name: str) -> None:
+    model = MODELS[name][0]().train().requires_grad_(False)
+    state, batches = copy.deepcopy(model.state_dict()), [MODELS[name][1]() for _ in range(2)]
+    before, layers = torch.get_rng_state(), find_candidates(model).layers
+    for key, found in output_importance(model, layers, batches).items():
+        groups, rows = getattr(layers[key], "groups", 1), layers[key].weight.shape[0]
+        assert found.shape == (groups, rows // groups, rows // groups)
+        assert torch.linalg.eigvalsh(found).min() >= -1e-6 * found.abs().max() and found.abs().max() > 0
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before) and not any(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules()) and all(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("name", MODELS)

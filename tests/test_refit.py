@@ -102,6 +102,43 @@ def test_one_layer_gets_the_least_squares_solution(all_positions: None, name: st
             assert error == pytest.approx(float(tail), rel=1e-2)
 
 
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_errors_count_by_their_importance(all_positions: None, name: str) -> None:
+    """In the channel scheme nothing of that rank is better; in the spatial one it is better than without."""
+    make, shape = GEOMETRIES[name]
+    dense, small = pair(make)
+    alike = copy.deepcopy(small)
+    batches = [torch.randn(shape, dtype=torch.float64) for _ in range(40)]
+    groups, count = getattr(dense, "groups", 1), dense.weight.shape[0] // getattr(dense, "groups", 1)
+    costs = torch.randn(groups, count, count, dtype=torch.float64) * torch.logspace(0, -2, count)
+    costs = 1e6 * costs.mT @ costs  # a factor makes no difference
+    refit_factors(nn.Sequential(dense), nn.Sequential(alike), batches, ridge=0)
+    refit_factors(nn.Sequential(dense), nn.Sequential(small), batches, ridge=0, importance={"0": costs})
+    metric = regression._evened(costs)
+    y = torch.cat([rows(small, dense(x).detach()) for x in batches], -1)
+
+    def error(layer: nn.Module) -> float:
+        wrong = torch.cat([rows(layer, layer(x).detach()) for x in batches], -1) - y
+        return float((metric @ wrong * wrong).sum())
+
+    assert error(small) < 0.9 * error(alike)
+    if getattr(small, "scheme", "channel") == "channel":
+        root = torch.linalg.cholesky(metric)
+        centred = root.mT @ (y - y.mean(-1, keepdim=True))
+        tails = torch.linalg.eigvalsh(centred @ centred.mT)[:, : -small.rank].sum()
+        assert error(small) == pytest.approx(float(tails), rel=1e-2)
+
+
+def test_outputs_without_importance_count_alike() -> None:
+    dense, small = pair(GEOMETRIES["linear"][0])
+    other, batches = copy.deepcopy(small), [torch.randn(60, 7, dtype=torch.float64)]
+    refit_factors(nn.Sequential(dense), nn.Sequential(small), batches)
+    for costs in ({}, {"0": torch.zeros(1, 9, 9).double()}, {"0": torch.eye(9).double()[None]}):
+        again = copy.deepcopy(other)
+        refit_factors(nn.Sequential(dense), nn.Sequential(again), batches, importance=costs)
+        torch.testing.assert_close(again.weight, small.weight, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("scheme", ["channel", "spatial"])
 def test_white_inputs_give_the_truncated_svd(scheme: str) -> None:
     """An identity covariance is no reason to differ from Eckart and Young."""

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 import smoothk
+from smoothk.importance import output_importance
+from smoothk.outputs import first_batches
 from smoothk.recipes import data
 from smoothk.recipes.baselines import balf, folding, pruning
 from smoothk.refit import refit_factors
@@ -60,9 +62,11 @@ def _svd(label: str, **options: Any) -> Method:
 
 def _with_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable[[float], nn.Module]:
     planner = smoothk.RankPlanner(model, calibration=batches)
+    importance = output_importance(model, planner.layers, first_batches(batches))
 
     def compress(keep: float) -> nn.Module:
-        small = refit_factors(model, smoothk.factorize(model, planner.plan(keep)), batches)
+        small = smoothk.factorize(model, planner.plan(keep))
+        refit_factors(model, small, batches, importance=importance)
         return smoothk.recalibrate_batch_norm(small, batches)
 
     return compress
