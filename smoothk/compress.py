@@ -124,8 +124,9 @@ def compress(
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
             It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
             nothing data-dependent runs.
-        refit: whether the factors, and a classifier that stays dense, are fitted to the dense layers' outputs on
-            ``calibration`` (least squares), with the method "global" weighted by those outputs' importance.
+        refit: whether the factors, and linear layers behind the last of them (a classifier that stays dense), are
+            fitted to the dense layers' outputs on ``calibration`` (least squares), with the method "global" weighted by
+            those outputs' importance. What ``exclude`` names stays as it is.
         **plan_options: passed on to `plan_ranks`.
 
     Returns:

@@ -11,13 +11,14 @@ Batch norm normalises by each batch, so that what recalibration will undo does n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .candidates import find_candidates
 from .layers import Conv
 from .macs import run
 from .outputs import floating_tensors, is_logits
@@ -44,10 +45,8 @@ def direction_importance(
         schemes: of a layer.
         batches: inputs; at least one.
     """
-    from .compress import deep_copy  # which imports the planner
-
-    copy = deep_copy(model).requires_grad_(False)
-    weights = {name: copy.get_submodule(name).get_parameter("weight").requires_grad_(True) for name in layers}
+    copy = _differentiable_copy(model)
+    weights = {name: copy.get_submodule(name).get_parameter("weight") for name in layers}
     transposed = {name for name in layers if isinstance(copy.get_submodule(name), transposed_linear_types())}
     factors, sums = {}, {}
     for name, layer in layers.items():
@@ -57,9 +56,10 @@ def direction_importance(
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)
             factors[name, scheme] = u.to(dtype), v.to(dtype)
             sums[name, scheme] = torch.zeros(u.shape[-1], dtype=torch.float64, device=u.device)
-
-    def add(gradients: Sequence[Tensor | None]) -> None:
-        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+    draws = 0
+    for _, gradients_in in _scores(copy, batches):
+        draws += 1
+        for (name, layer), gradient in zip(layers.items(), gradients_in(list(weights.values())), strict=True):
             if gradient is None:
                 continue
             for scheme in schemes(layer):
@@ -67,8 +67,6 @@ def direction_importance(
                 g = gradient.t() if name in transposed else gradient
                 g = unfold(g, scheme, getattr(layer, "groups", 1)).to(u.dtype)
                 sums[name, scheme] += ((u.mT @ g) * v).sum(-1, dtype=torch.float64).square().sum(0)
-
-    draws = _differentiate(copy, batches, lambda: list(weights.values()), add)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, scheme), total in sums.items():
         if not torch.isfinite(total).all():
@@ -87,62 +85,61 @@ def output_importance(model: nn.Module, layers: Collection[str], batches: list[A
         layers: names of convolutions and linear layers; one that the batches do not reach is left out.
         batches: inputs; at least one.
     """
-    from .compress import deep_copy
-
-    copy = deep_copy(model).requires_grad_(False)
-    called: list[tuple[str, GradientEdge]] = []  # edges, because what follows a layer may write into its output
+    copy = _differentiable_copy(model)
+    called: list[tuple[str, Tensor]] = []
 
     def keep(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if output.requires_grad:
-                called.append((name, get_gradient_edge(output)))
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            called.append((name, output))
+            return output.clone()  # what follows may write into its input
 
         return hook
 
     for name in layers:
-        layer = copy.get_submodule(name)
-        layer.get_parameter("weight").requires_grad_(True)
-        layer.register_forward_hook(keep(name))
+        copy.get_submodule(name).register_forward_hook(keep(name))
     sums: dict[str, Tensor] = {}
-
-    def add(gradients: Sequence[Tensor | None]) -> None:
-        for (name, _), gradient in zip(called, gradients, strict=True):
+    reached: list[tuple[str, Tensor]] = []
+    draws = 0
+    for is_first, gradients_in in _scores(copy, batches) if layers else ():
+        draws += 1
+        if is_first:
+            reached = [(name, output) for name, output in called if output.requires_grad]
+        gradients = gradients_in([output for _, output in reached]) if reached else ()
+        for (name, _), gradient in zip(reached, gradients, strict=True):
             if gradient is not None:
                 g = rows(copy.get_submodule(name), gradient)
                 sums[name] = sums.get(name, 0) + (g @ g.mT).double()
-
-    draws = _differentiate(copy, batches, lambda: [edge for _, edge in called], add, called.clear)
+        called.clear()  # also of what activation checkpointing computed once more
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise ValueError(f"calibration must give finite gradients in layer {name!r}, got NaN or Inf")
     return {name: total / draws for name, total in sums.items()}
 
 
-def _differentiate(
-    model: nn.Module,
-    batches: list[Any],
-    inputs: Callable[[], Sequence[Any]],
-    add: Callable[[Sequence[Tensor | None]], None],
-    before: Callable[[], None] = lambda: None,
-) -> int:
-    """Call ``add`` with the gradients of scores in ``inputs()``; how often.
+def _differentiable_copy(model: nn.Module) -> nn.Module:
+    """A copy in which the weights of all layers that could be factorised require gradients, and nothing else does."""
+    from .compress import deep_copy  # which imports the planner
 
-    ``before`` is called before, ``inputs`` after each forward pass.
-    """
+    copy = deep_copy(model).requires_grad_(False)
+    for name in find_candidates(model).layers:
+        copy.get_submodule(name).get_parameter("weight").requires_grad_(True)
+    return copy
+
+
+def _scores(model: nn.Module, batches: list[Any]) -> Iterator[tuple[bool, Callable[[list[Tensor]], Any]]]:
+    """For every draw whether it is the first since a forward pass, and what finds the gradients of its score."""
     generator = torch.Generator().manual_seed(0)
     draws = math.ceil(DRAWS / len(batches))
     with normalising_by_batch(model):
         for batch in batches:
-            before()
             with torch.enable_grad():
                 outputs = [t for t in floating_tensors(run(model, batch)) if t.requires_grad]
             if not outputs:
                 raise ValueError("calibration needs a model with differentiable floating-point outputs, got none")
             for draw in range(draws):
                 scores = [_score(output, generator, is_logits(outputs)) for output in outputs]
-                retain = draw + 1 < draws
-                add(torch.autograd.grad(outputs, inputs(), scores, retain_graph=retain, allow_unused=True))
-    return draws * len(batches)
+                options = {"grad_outputs": scores, "retain_graph": draw + 1 < draws, "allow_unused": True}
+                yield draw == 0, partial(torch.autograd.grad, outputs, **options)
 
 
 def _score(output: Tensor, generator: torch.Generator, logits: bool) -> Tensor:

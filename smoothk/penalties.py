@@ -177,7 +177,7 @@ class SmoothnessPenalty(nn.Module):
             into: list[Any] = [grads[i] for i in call.active]
             for i in call.without_grad:  # what has none afterwards is in no group
                 weights[i].grad = into[i] = torch.zeros_like(weights[i])
-            own = scaled[:-1] if has_nuclear else scaled
+            own = scaled if len(scaled) == len(call.orders) else scaled[: len(call.orders)]
             terms.append(accumulate_difference_penalty(weights, into, own, call.orders, **call.options))
         if has_nuclear:
             named = {self._weights[i].name: current[i] for i in call.active}

@@ -7,12 +7,15 @@ classification and detection" (arXiv 1505.06798), without its treatment of the R
 reduced-rank regression (Izenman, 1975). In the spatial one the regressed weight is truncated in the metric of the
 k_h x 1 patches, all columns alike, and ``u`` is then the exact least-squares solution for that ``v``.
 
-Linear layers behind the last low-rank one, a classifier that stayed dense, are fitted as well: they can undo a part of
-what is lost before them.
+Errors can be weighed by what the outputs matter to the output of the model, ``M``: then ``M^(1/2) W`` is truncated in
+place of the regressed weight ``W``. Linear layers behind the last low-rank one, as a classifier that stayed dense, are
+fitted as well: they can undo a part of what is lost before them.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +44,9 @@ class Moments:
     y: Tensor = field(init=False)
     xx: Tensor = field(init=False)  # [groups, f, f]
     yx: Tensor = field(init=False)  # [groups, rows, f]
+    yy: Tensor = field(init=False)  # [groups], of squares
     eps: float = 0.0  # rounding of a product
+    paired: bool = True  # whether both models have given the same number of samples
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """``x`` ``[groups, f, samples]``, ``y`` ``[groups, rows, samples]``."""
@@ -49,12 +54,14 @@ class Moments:
             groups, columns, zeros = *x.shape[:2], partial(x.new_zeros, dtype=torch.float64)
             self.x, self.xx = zeros(groups, columns), zeros(groups, columns, columns)
             self.y, self.yx = zeros(groups, y.shape[1]), zeros(groups, y.shape[1], columns)
+            self.yy = zeros(groups)
         self.count += x.shape[-1]
         self.eps = torch.finfo(x.dtype).eps
         self.x += x.sum(-1, dtype=torch.float64)
         self.y += y.sum(-1, dtype=torch.float64)
         self.xx += (x @ x.mT).double()
         self.yx += (y @ x.mT).double()
+        self.yy += y.square().sum((1, 2), dtype=torch.float64)
 
 
 @dataclass
@@ -80,11 +87,12 @@ def refit_factors(
     importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Fit the factors (and the bias) of every low-rank layer of ``small`` to the same layer of ``model``, and the
-    weights of the linear layers behind the last of them.
+    weights of the linear layers called behind the last low-rank one.
 
     In place; no gradient and no label. Each layer takes a pass of both models over ``batches`` as far as that layer,
     batch norm of ``small`` normalising by each batch; recalibrate it afterwards. A layer whose error on ``batches``
-    would not fall keeps what it has.
+    would not fall keeps what it has. So does a linear layer whose inputs the two models do not choose alike (proposals,
+    random numbers), that shares a parameter with another module, or that cannot be factorised for another reason.
 
     Args:
         model: the dense model; not changed.
@@ -96,7 +104,8 @@ def refit_factors(
         together: layers fitted in one pass; more are faster, and see inputs that the others of the pass do not change.
         exclude: names of layers to leave as they are.
         importance: by layer, a positive semidefinite ``[groups, C_out/groups, C_out/groups]``: what an error of the
-            outputs costs, up to a factor. `smoothk.importance.output_importance` finds it; default: all cost the same.
+            outputs costs, up to a factor. `smoothk.importance.output_importance` finds it. Outputs of a low-rank layer
+            that is missing here count alike; others are not looked at.
 
     Returns:
         ``small``.
@@ -112,24 +121,24 @@ def refit_factors(
         raise ValueError(f"ridge must be at least 0, got {ridge}")
     if not isinstance(together, int) or isinstance(together, bool) or together < 1:
         raise ValueError(f"together must be an int of at least 1, got {together!r}")
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a collection of names, got {exclude!r}")
-    pairs = {name: (model.get_submodule(name), layer) for name, layer in _fitted_layers(small) if name not in exclude}
-    pairs = {name: pair for name, pair in pairs.items() if not isinstance(pair[0], _LowRank)}
-    before = [(p, p.detach().clone()) for _, layer in pairs.values() for p in layer.parameters()]
+    low_rank = {name: layer for name, layer in small.named_modules() if isinstance(layer, _LowRank)}
+    skipped, costs = _excluded(small, exclude), _checked(importance or {}, low_rank)
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad(), _evaluating(model), normalising_by_batch(small):
-            order = _call_order(small, {name: layer for name, (_, layer) in pairs.items()}, batches)
+            order = _call_order(small, {**low_rank, **_linear_layers(small)}, batches)
             names = list(order.calls)
-            low_rank = [i for i, name in enumerate(names) if isinstance(pairs[name][1], _LowRank)]
-            names = [name for i, name in enumerate(names) if i in low_rank or i > max(low_rank, default=len(names))]
-            for start in range(0, len(names), together):
-                part = names[start : start + together]
-                found = _collect(model, small, {name: pairs[name] for name in part}, order, batches)
-                for name, moments in found.items():
+            last = max((i for i, name in enumerate(names) if name in low_rank), default=len(names))
+            names = [name for i, name in enumerate(names) if (i > last or name in low_rank) and name not in skipped]
+            pairs = {name: (model.get_submodule(name), cast(Fitted, small.get_submodule(name))) for name in names}
+            pairs = {name: pair for name, pair in pairs.items() if not isinstance(pair[0], _LowRank)}
+            before = [(p, p.detach().clone()) for _, layer in pairs.values() for p in layer.parameters()]
+            for start in range(0, len(pairs), together):
+                part = dict(list(pairs.items())[start : start + together])
+                for name, moments in _collect(model, small, part, order, batches).items():
                     dense, layer = pairs[name]
-                    weights, normalised = (importance or {}).get(name), name in order.normalised
-                    fit(_torch_layer(dense), layer, moments, ridge, normalised, weights, name)
+                    normalised = name in order.normalised
+                    fit(_torch_layer(dense), layer, moments, ridge, normalised, costs.get(name), name)
     except BaseException:
         with torch.no_grad():
             for parameter, value in before:
@@ -138,14 +147,42 @@ def refit_factors(
     return small
 
 
-def _fitted_layers(small: nn.Module) -> Iterator[tuple[str, Fitted]]:
-    """Low-rank layers, and linear ones that could have been."""
-    for name, layer in small.named_modules():
-        if isinstance(layer, _LowRank):
-            yield name, layer
-    for name, layer in find_candidates(small).layers.items():
-        if layer is small.get_submodule(name) and isinstance(layer, nn.Linear):
-            yield name, layer
+def _excluded(small: nn.Module, exclude: Collection[str]) -> set[str]:
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a collection of names, got {exclude!r}")
+    names = set(exclude)
+    unknown = sorted(names - dict(small.named_modules()).keys())
+    if unknown:
+        raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
+    return names
+
+
+def _checked(importance: Mapping[str, Tensor], layers: Mapping[str, _LowRank]) -> dict[str, Tensor]:
+    """What ``importance`` says of ``layers``, float64."""
+    checked = {}
+    for name, layer in layers.items():
+        if name not in importance:
+            continue
+        costs, groups = importance[name], getattr(layer, "groups", 1)
+        rows = layer.weight.shape[0] // groups
+        if tuple(costs.shape) != (groups, rows, rows):
+            raise ValueError(f"importance of {name!r} must be {[groups, rows, rows]}, got {list(costs.shape)}")
+        if not torch.isfinite(costs).all():
+            raise ValueError(f"importance of {name!r} must be finite, got NaN or Inf")
+        checked[name] = costs.to(layer.v.device, torch.float64)
+    return checked
+
+
+def _linear_layers(small: nn.Module) -> dict[str, nn.Linear]:
+    """Those that could have been factorised, but share no parameter."""
+    uses = Counter(id(p) for module in small.modules() for p in module._parameters.values() if p is not None)
+    return {
+        name: layer
+        for name, layer in find_candidates(small).layers.items()
+        if layer is small.get_submodule(name)
+        and isinstance(layer, nn.Linear)
+        and all(uses[id(p)] == 1 for p in layer.parameters())
+    }
 
 
 def _torch_layer(dense: nn.Module) -> Conv | nn.Linear:
@@ -154,18 +191,18 @@ def _torch_layer(dense: nn.Module) -> Conv | nn.Linear:
 
 
 def _call_order(small: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Any]) -> _Order:
-    order, outputs = _Order(), {}
-    handles = []
+    order, handles = _Order(), []
+    outputs: dict[str, weakref.ref[Tensor]] = {}
 
     def called(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             order.calls[name] = order.calls.get(name, 0) + 1
-            outputs[name] = output
+            outputs[name] = weakref.ref(output)
 
         return hook
 
     def normalise(module: nn.Module, args: tuple) -> None:
-        order.normalised.update(name for name, output in outputs.items() if args and args[0] is output)
+        order.normalised.update(name for name, output in outputs.items() if args and args[0] is output())
 
     try:
         for name, layer in layers.items():
@@ -210,9 +247,15 @@ def _collect(
     def meet(name: str) -> Callable:
         def hook(module: Fitted, args: tuple, kwargs: dict[str, Any]) -> None:
             x, y = patches(module, args[0] if args else kwargs["input"]), outputs[name].pop(0)
-            size = max(_FINE // max(x.shape[0] * x.shape[1], 1), 1)
-            for part, wanted in zip(x.split(size, -1), y.split(size, -1), strict=True):
-                found[name].add(part, wanted)
+            if x.shape[-1] == y.shape[-1]:
+                size = max(_FINE // max(x.shape[0] * x.shape[1], 1), 1)
+                for part, wanted in zip(x.split(size, -1), y.split(size, -1), strict=True):
+                    found[name].add(part, wanted)
+            elif isinstance(module, nn.Linear):
+                found[name].paired = False
+            else:
+                got = f"got {y.shape[-1]} and {x.shape[-1]} samples"
+                raise ValueError(f"layer {name!r} must get as many inputs in both models, {got}")
             count()
 
         return hook

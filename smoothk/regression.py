@@ -21,6 +21,7 @@ Fitted = _LowRank | nn.Linear
 POSITIONS = 32  # taken of each image, at random; neighbours say much the same
 _METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
 _ALIKE = 0.1  # of the importance of outputs
+_CORRELATION = 0.75  # squared, at least, where samples of two models are taken to be the same ones
 
 
 def patches(layer: Fitted, x: Tensor) -> Tensor:
@@ -87,21 +88,33 @@ def fit(
     batch norm follows (``normalised``). ``importance`` says which errors of the outputs count more, as in
     `smoothk.refit.refit_factors`.
     """
+    if not moments.paired:
+        return
     x, y = moments.x / moments.count, moments.y / moments.count
     gram, cross = moments.xx / moments.count, moments.yx / moments.count
     if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise ValueError(f"batches must give layer {name!r} finite inputs and outputs, got NaN or Inf")
     # What rounding leaves of a variance is no direction to fit.
     floor = moments.eps * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    centred = gram - x.unsqueeze(-1) * x.unsqueeze(-2), cross - y.unsqueeze(-1) * x.unsqueeze(-2)
+    variance = (moments.yy / moments.count - y.square().sum(-1)).sum()
+    if isinstance(layer, nn.Linear) and not _corresponds(layer, *centred, variance):
+        return
     if layer.bias is not None or normalised:
-        gram = gram - x.unsqueeze(-1) * x.unsqueeze(-2)
-        cross = cross - y.unsqueeze(-1) * x.unsqueeze(-2)
+        gram, cross = centred
     if isinstance(layer, nn.Linear):
         weight = _fit_weight(dense, layer, gram, cross, ridge, floor)
     else:
         weight = _fit_factors(_Problem(dense, layer, gram, cross, floor, importance), ridge)
     if layer.bias is not None:
         layer.bias.copy_((y - (weight @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
+
+
+def _corresponds(layer: nn.Linear, gram: Tensor, cross: Tensor, variance: Tensor) -> bool:
+    """Whether what ``layer`` gives as it is goes with the dense outputs; not if the two models chose other samples."""
+    weight = layer.weight.detach().double()[None]
+    own, both = ((weight @ gram) * weight).sum(), (weight * cross).sum()
+    return bool(both > 0 and both.square() >= _CORRELATION * own * variance)
 
 
 def _fit_weight(
@@ -146,8 +159,7 @@ class _Problem:
         self.scheme = getattr(layer, "scheme", "channel")
         self.spatial = self.scheme == "spatial"
         self.dense = unfold(dense.weight.detach().double(), "channel", self.groups)
-        eye = torch.eye(self.dense.shape[1], dtype=gram.dtype, device=gram.device)
-        self.importance = eye if importance is None else _evened(importance)
+        self.importance = None if importance is None else _evened(importance)
 
     def present(self) -> tuple[Tensor, Tensor]:
         """The factors that the layer has."""
@@ -158,7 +170,11 @@ class _Problem:
 
     def regressed(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Ridge regression towards the dense weight, projected onto the directions of the largest outputs."""
-        weight = _regressed(self.dense, self.gram, self.cross, ridge, self.floor)
+        weight, inverse = _regressed(self.dense, self.gram, self.cross, ridge, self.floor), None
+        if self.importance is not None:
+            values, vectors = torch.linalg.eigh(self.importance)
+            root, inverse = ((vectors * values.unsqueeze(-2).pow(p)) @ vectors.mT for p in (0.5, -0.5))
+            weight = root @ weight
         matrix = unfold(fold(weight, self.shape, "channel"), self.scheme, self.groups)
         metric = self.gram
         if self.spatial:
@@ -166,22 +182,10 @@ class _Problem:
             split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
             total = total_of(split[:, :, :, j, :, :, j] for j in range(k_w))
             metric = total.reshape(self.groups, c_in * k_h, -1) / k_w
-        root, inverse = self._roots()
-        matrix = root @ matrix
         outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.floor) @ matrix.mT
         u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
-        return inverse @ u, u.mT @ matrix
-
-    def _roots(self) -> tuple[Tensor, Tensor]:
-        """The square root of the importance of the unfolding's rows, and its inverse."""
-        values, vectors = torch.linalg.eigh(self.importance)
-        roots = [(vectors * values.unsqueeze(-2).pow(power)) @ vectors.mT for power in (0.5, -0.5)]
-        if self.spatial:
-            columns = torch.eye(self.shape[3], dtype=values.dtype, device=values.device)
-            roots = [
-                torch.stack([torch.kron(part, columns) for part in root.expand(self.groups, -1, -1)]) for root in roots
-            ]
-        return roots[0], roots[1]
+        v = u.mT @ matrix
+        return u if inverse is None else (inverse @ u.reshape(*inverse.shape[:2], -1)).reshape(u.shape), v
 
     def refitted(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best ``u`` for this ``v``."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from small_models import MODELS, parameter_count
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from smoothk import factorize, importance, plan_ranks
+from smoothk import compress, factorize, importance, plan_ranks
 from smoothk.candidates import find_candidates
 from smoothk.importance import direction_importance, output_importance
 
@@ -72,6 +73,49 @@ def test_gradients_are_those_of_the_output_itself() -> None:
         (g,) = torch.autograd.grad(value, [outputs[0]], score, retain_graph=True)
         total += torch.einsum("nchw,ndhw->cd", g, g)
     torch.testing.assert_close(found["0"], total / importance.DRAWS, rtol=1e-9, atol=1e-12)
+
+
+class Block(nn.Module):
+    """What follows writes into the output of a layer, a view; it may be computed again for its gradient."""
+
+    def __init__(self, in_place: bool = False, again: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+        self.in_place, self.again = in_place, again
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.add_(1).relu_() if self.in_place else (y + 1).relu()
+        return self.b(y) + y
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = checkpoint(self.middle, x, use_reentrant=False) if self.again else self.middle(x)
+        return {"logits": self.c(y).mean(1), "features": y}
+
+
+@pytest.mark.parametrize("options", [{"in_place": True}, {"again": True}], ids=str)
+def test_outputs_do_not_depend_on_how_a_model_computes(options: dict) -> None:
+    plain, other, batches = Block(), Block(**options), [torch.randn(4, 3, 5) for _ in range(2)]
+    other.load_state_dict(plain.state_dict())
+    expected, found = (output_importance(model, ["a", "b"], batches) for model in (plain, other))
+    assert expected.keys() == {"a", "b"}
+    torch.testing.assert_close(found, expected)
+    (alone,) = output_importance(plain, ["b"], batches).values()  # whatever else is asked for
+    torch.testing.assert_close(alone, expected["b"])
+
+
+def test_layers_without_gradients_have_no_importance() -> None:
+    class Frozen(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self[0](x)
+            return self[1](x)
+
+    model, batches = Frozen(nn.Linear(20, 20), nn.Linear(20, 20)), [torch.randn(50, 20)]
+    assert output_importance(model, ["0", "1"], batches).keys() == {"1"}
+    assert output_importance(model, ["0"], batches) == output_importance(model, [], batches) == {}
+    for keep, exclude in ((0.6, ["1"]), (1.0, [])):
+        compress(model, keep, batches, exclude=exclude)
 
 
 @pytest.mark.parametrize("name", MODELS)

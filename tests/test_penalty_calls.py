@@ -188,6 +188,10 @@ def test_a_call_sees_what_has_been_set_since_the_last() -> None:
         options |= change
         value = penalty.accumulate_grad()
         torch.testing.assert_close(value, SmoothnessPenalty(model, first_order=0.5, **options).accumulate_grad())
+    both = SmoothnessPenalty(model, first_order=0.5, nuclear=0.1)
+    both.accumulate_grad()
+    both.coefficients["nuclear"] = 0.0
+    torch.testing.assert_close(both.accumulate_grad(), SmoothnessPenalty(model, first_order=0.5).accumulate_grad())
     penalty.backend = "cuda"
     with pytest.raises(BackendUnavailable, match="cuda"):
         penalty.accumulate_grad()

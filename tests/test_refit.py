@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from small_models import MODELS, plain
+from small_models import MODELS, Residual, plain
 from torch import Tensor, nn
 
 import smoothk
@@ -133,7 +133,7 @@ def test_outputs_without_importance_count_alike() -> None:
     dense, small = pair(GEOMETRIES["linear"][0])
     other, batches = copy.deepcopy(small), [torch.randn(60, 7, dtype=torch.float64)]
     refit_factors(nn.Sequential(dense), nn.Sequential(small), batches)
-    for costs in ({}, {"0": torch.zeros(1, 9, 9).double()}, {"0": torch.eye(9).double()[None]}):
+    for costs in ({}, {"0": torch.zeros(1, 9, 9).double()}, {"0": torch.eye(9)[None]}):
         again = copy.deepcopy(other)
         refit_factors(nn.Sequential(dense), nn.Sequential(again), batches, importance=costs)
         torch.testing.assert_close(again.weight, small.weight, rtol=1e-9, atol=1e-9)
@@ -216,10 +216,10 @@ def compress_only(model: nn.Module, name: str) -> nn.Module:
 
 
 def test_linear_layers_behind_the_last_low_rank_one_get_the_least_squares_solution() -> None:
-    model = tail().eval()
+    model, batches = tail().eval(), [torch.randn(50, 3, 7, 8, dtype=torch.float64) for _ in range(3)]
+    smoothk.recalibrate_batch_norm(model, batches)
     small = compress_only(model, "1")
     before = copy.deepcopy(small)
-    batches = [torch.randn(50, 3, 7, 8, dtype=torch.float64) for _ in range(3)]
     refit_factors(model, small, batches, ridge=0)
     for name, parameter in small.named_parameters():  # nothing else, in front of it or a convolution, has changed
         assert torch.equal(parameter, before.get_parameter(name)) == (name[0] not in "179"), name
@@ -232,6 +232,62 @@ def test_linear_layers_behind_the_last_low_rank_one_get_the_least_squares_soluti
         design = torch.cat([x, torch.ones_like(x[:, :1])], 1).numpy() if index == 9 else x.numpy()
         best = design @ np.linalg.lstsq(design, y, rcond=None)[0]
         assert np.square(found - y).sum() == pytest.approx(np.square(best - y).sum(), rel=1e-6)
+
+
+def decaying(columns: int, rows: int) -> nn.Linear:
+    """A layer that a low rank changes little."""
+    layer = nn.Linear(columns, rows)
+    layer.weight.data *= torch.logspace(0, -2, columns)
+    return layer
+
+
+class Samples(nn.Module):
+    """A dense head on what a low-rank trunk's features choose, or what chance adds to them."""
+
+    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trunk, self.head, self.choose = decaying(20, 30), nn.Linear(30, 6), choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.choose(self.trunk(x)))
+
+
+@pytest.mark.parametrize(
+    ("choose", "is_fitted"),
+    [
+        (lambda h: h.relu(), True),
+        (lambda h: 0.1 * h + torch.randn_like(h), False),
+        (lambda h: h[h.sum(1).topk(40).indices], False),
+        (lambda h: h[h[:, 0] > 0], False),
+    ],
+    ids=["none", "chance", "topk", "threshold"],
+)
+def test_a_head_that_sees_other_samples_stays_as_it_is(choose: Callable, is_fitted: bool) -> None:
+    model, batches = Samples(choose), [torch.randn(200, 20) for _ in range(2)]
+    small = compress_only(model, "trunk")
+    refit_factors(model, small, batches)
+    assert torch.equal(small.head.weight, model.head.weight) != is_fitted
+    assert torch.equal(small.head.bias, model.head.bias) != is_fitted
+
+
+def test_a_linear_layer_that_shares_its_bias_stays_as_it_is() -> None:
+    model = Residual()
+    model.heads["a"] = nn.Linear(12, 20)
+    model.heads["b"].bias = model.heads["a"].bias
+    small = compress_only(model, "blocks.0")
+    refit_factors(model, small, [torch.randn(60, 3, 6, 7)])
+    for name in "ab":
+        assert torch.equal(small.heads[name].weight, model.heads[name].weight)
+    assert torch.equal(small.heads["a"].bias, model.heads["a"].bias)
+
+
+def test_the_last_low_rank_layer_may_be_one_that_is_not_fitted() -> None:
+    model = nn.Sequential(*(decaying(*size) for size in ((20, 30), (30, 30), (30, 30), (30, 6))))
+    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.75, exclude=["1", "3"]))
+    batches = [torch.randn(300, 20)]
+    refit_factors(model, small, batches, exclude=["2"])
+    assert torch.equal(small[1].weight, model[1].weight)
+    assert not torch.equal(small[3].weight, model[3].weight)
 
 
 def test_a_classifier_keeps_what_is_better() -> None:
@@ -288,6 +344,9 @@ def test_inputs_that_span_nothing_work(value: float) -> None:
     [
         ({"together": 0}, ValueError, "together must be an int of at least 1, got 0"),
         ({"ridge": -1.0}, ValueError, "ridge must be at least 0, got -1.0"),
+        ({"exclude": ["a"]}, ValueError, "exclude must name modules of the model, got 'a'"),
+        ({"importance": {"3": torch.eye(4)}}, ValueError, r"importance of '3' must be \[2, 16, 16\], got \[4, 4\]"),
+        ({"importance": {"3": torch.full((2, 16, 16), torch.nan)}}, ValueError, "importance of '3' must be finite"),
         ({"exclude": "0"}, TypeError, "exclude must be a collection of names, got '0'"),
         ({"batches": []}, ValueError, "batches must hold at least one batch, got none"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
