@@ -108,7 +108,7 @@ def test_errors_count_by_their_importance(all_positions: None, name: str) -> Non
     make, shape = GEOMETRIES[name]
     dense, small = pair(make)
     alike = copy.deepcopy(small)
-    batches = [torch.randn(shape, dtype=torch.float64) for _ in range(40)]
+    batches = [torch.randn(shape, dtype=torch.float64) for _ in range(12)]
     groups, count = getattr(dense, "groups", 1), dense.weight.shape[0] // getattr(dense, "groups", 1)
     costs = torch.randn(groups, count, count, dtype=torch.float64) * torch.logspace(0, -2, count)
     costs = 1e6 * costs.mT @ costs  # a factor makes no difference
