@@ -291,10 +291,11 @@ def test_the_last_low_rank_layer_may_be_one_that_is_not_fitted() -> None:
 
 
 def test_a_classifier_keeps_what_is_better() -> None:
-    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 6)).double()
+    model = nn.Sequential(decaying(20, 30), nn.ReLU(), nn.Linear(30, 6)).double()
     small, batches = compress_only(model, "0"), [torch.randn(400, 20, dtype=torch.float64)]
     refit_factors(model, small, batches, ridge=0)
     fitted = small[2].weight.clone()
+    assert (fitted - model[2].weight).norm() > 0.2 * fitted.norm()
     refit_factors(model, small, batches, ridge=1e3)  # close to the dense weight
     torch.testing.assert_close(small[2].weight, fitted, rtol=0.1, atol=0.1 * fitted.std().item())
 
