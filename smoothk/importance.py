@@ -84,6 +84,9 @@ def output_importance(model: nn.Module, layers: Collection[str], batches: list[A
         model: not changed; a copy is differentiated.
         layers: names of convolutions and linear layers; one that the batches do not reach is left out.
         batches: inputs; at least one.
+
+    Raises:
+        ValueError: the model has no differentiable floating-point output, or outputs or gradients with NaN or Inf.
     """
     copy = _differentiable_copy(model)
     called: list[tuple[str, Tensor]] = []

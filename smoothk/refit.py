@@ -7,9 +7,11 @@ classification and detection" (arXiv 1505.06798), without its treatment of the R
 reduced-rank regression (Izenman, 1975). In the spatial one the regressed weight is truncated in the metric of the
 k_h x 1 patches, all columns alike, and ``u`` is then the exact least-squares solution for that ``v``.
 
-Errors can be weighed by what the outputs matter to the output of the model, ``M``: then ``M^(1/2) W`` is truncated in
-place of the regressed weight ``W``. Linear layers behind the last low-rank one, as a classifier that stayed dense, are
-fitted as well: they can undo a part of what is lost before them.
+Errors can be weighed by what the outputs matter to the output of the model, ``M``, the weight matrix of Izenman's
+theorem: then ``M^(1/2) W`` is truncated in place of the regressed weight ``W``.
+
+Linear layers behind the last low-rank one, as a classifier that stayed dense, are fitted as well: they can undo a part
+of what is lost before them.
 """
 
 from __future__ import annotations

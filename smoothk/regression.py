@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,29 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return torch.unravel_index(chosen, tuple(sizes))
 
 
+class Equations(NamedTuple):
+    """Normal equations, float64: ``weight @ gram == cross`` where ``weight`` is the least-squares solution."""
+
+    gram: Tensor  # [groups, f, f]
+    cross: Tensor  # [groups, rows, f]
+    floor: Tensor  # [groups, 1], what rounding leaves of a variance: no direction to fit
+
+    def solution(self, start: Tensor, ridge: float) -> Tensor:
+        """By ridge regression towards ``start``, ``[groups, rows, f]``."""
+        damped = _damped(self.gram, ridge, self.floor)
+        return start + torch.linalg.solve(damped, (self.cross - start @ self.gram).mT).mT
+
+    def of(self, maps: Tensor) -> Equations:
+        """Of what is multiplied by ``maps @ x``, ``maps`` being ``[groups, r, f]``, in place of ``x``."""
+        floor = self.floor * maps.square().sum(-1).mean(-1, keepdim=True)
+        return Equations(maps @ self.gram @ maps.mT, self.cross @ maps.mT, floor)
+
+    def error(self, weight: Tensor, importance: Tensor | None = None) -> float:
+        """Mean squared distance to the outputs, but for a constant."""
+        product = weight @ self.gram - 2 * self.cross
+        return ((product if importance is None else importance @ product) * weight).sum().item()
+
+
 def fit(
     dense: Conv | nn.Linear,
     layer: Fitted,
@@ -94,35 +117,30 @@ def fit(
     gram, cross = moments.xx / moments.count, moments.yx / moments.count
     if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise ValueError(f"batches must give layer {name!r} finite inputs and outputs, got NaN or Inf")
-    # What rounding leaves of a variance is no direction to fit.
     floor = moments.eps * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    centred = gram - x.unsqueeze(-1) * x.unsqueeze(-2), cross - y.unsqueeze(-1) * x.unsqueeze(-2)
+    centred = Equations(gram - x.unsqueeze(-1) * x.unsqueeze(-2), cross - y.unsqueeze(-1) * x.unsqueeze(-2), floor)
     variance = (moments.yy / moments.count - y.square().sum(-1)).sum()
-    if isinstance(layer, nn.Linear) and not _corresponds(layer, *centred, variance):
+    if isinstance(layer, nn.Linear) and not _corresponds(layer, centred, variance):
         return
-    if layer.bias is not None or normalised:
-        gram, cross = centred
+    equations = centred if layer.bias is not None or normalised else Equations(gram, cross, floor)
     if isinstance(layer, nn.Linear):
-        weight = _fit_weight(dense, layer, gram, cross, ridge, floor)
+        weight = _fit_weight(dense, layer, equations, ridge)
     else:
-        weight = _fit_factors(_Problem(dense, layer, gram, cross, floor, importance), ridge)
+        weight = _fit_factors(_Problem(dense, layer, equations, importance), ridge)
     if layer.bias is not None:
         layer.bias.copy_((y - (weight @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
 
 
-def _corresponds(layer: nn.Linear, gram: Tensor, cross: Tensor, variance: Tensor) -> bool:
+def _corresponds(layer: nn.Linear, centred: Equations, variance: Tensor) -> bool:
     """Whether what ``layer`` gives as it is goes with the dense outputs; not if the two models chose other samples."""
     weight = layer.weight.detach().double()[None]
-    own, both = ((weight @ gram) * weight).sum(), (weight * cross).sum()
+    own, both = ((weight @ centred.gram) * weight).sum(), (weight * centred.cross).sum()
     return bool(both > 0 and both.square() >= _CORRELATION * own * variance)
 
 
-def _fit_weight(
-    dense: Conv | nn.Linear, layer: nn.Linear, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor
-) -> Tensor:
+def _fit_weight(dense: Conv | nn.Linear, layer: nn.Linear, equations: Equations, ridge: float) -> Tensor:
     present, start = layer.weight.detach().double()[None], dense.weight.detach().double()[None]
-    candidates = [present, _regressed(start, gram, cross, ridge, floor)]
-    weight = min(candidates, key=lambda weight: _error(weight, gram, cross))
+    weight = min(present, equations.solution(start, ridge), key=equations.error)  # the first of equals
     if weight is not present:
         layer.weight.copy_(weight[0])
     return weight
@@ -146,15 +164,9 @@ class _Problem:
     scheme's unfolding, float64."""
 
     def __init__(
-        self,
-        dense: Conv | nn.Linear,
-        layer: _LowRank,
-        gram: Tensor,
-        cross: Tensor,
-        floor: Tensor,
-        importance: Tensor | None = None,
+        self, dense: Conv | nn.Linear, layer: _LowRank, equations: Equations, importance: Tensor | None = None
     ) -> None:
-        self.layer, self.gram, self.cross, self.floor = layer, gram, cross, floor
+        self.layer, self.equations = layer, equations
         self.shape, self.groups = tuple(dense.weight.shape), getattr(layer, "groups", 1)
         self.scheme = getattr(layer, "scheme", "channel")
         self.spatial = self.scheme == "spatial"
@@ -170,19 +182,19 @@ class _Problem:
 
     def regressed(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Ridge regression towards the dense weight, projected onto the directions of the largest outputs."""
-        weight, inverse = _regressed(self.dense, self.gram, self.cross, ridge, self.floor), None
+        weight, inverse = self.equations.solution(self.dense, ridge), None
         if self.importance is not None:
             values, vectors = torch.linalg.eigh(self.importance)
             root, inverse = ((vectors * values.unsqueeze(-2).pow(p)) @ vectors.mT for p in (0.5, -0.5))
             weight = root @ weight
         matrix = unfold(fold(weight, self.shape, "channel"), self.scheme, self.groups)
-        metric = self.gram
+        metric = self.equations.gram
         if self.spatial:
             c_in, k_h, k_w = self.shape[1:]
             split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
             total = total_of(split[:, :, :, j, :, :, j] for j in range(k_w))
             metric = total.reshape(self.groups, c_in * k_h, -1) / k_w
-        outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.floor) @ matrix.mT
+        outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.equations.floor) @ matrix.mT
         u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
         v = u.mT @ matrix
         return u if inverse is None else (inverse @ u.reshape(*inverse.shape[:2], -1)).reshape(u.shape), v
@@ -190,10 +202,7 @@ class _Problem:
     def refitted(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best ``u`` for this ``v``."""
         u, v = factors
-        maps, old = self._maps(v), self._beside_maps(u)
-        gram, cross = maps @ self.gram @ maps.mT, self.cross @ maps.mT
-        floor = self.floor * maps.square().sum(-1).mean(-1, keepdim=True)
-        new = old + _solve(gram, cross - old @ gram, _REFIT_RIDGE, floor)
+        new = self.equations.of(self._maps(v)).solution(self._beside_maps(u), _REFIT_RIDGE)
         if self.spatial:
             new = new.reshape(self.groups, -1, self.layer.rank, self.shape[3]).transpose(2, 3)
         return new.reshape(u.shape), v
@@ -203,7 +212,7 @@ class _Problem:
         return self._beside_maps(u) @ self._maps(v)
 
     def error(self, factors: tuple[Tensor, Tensor]) -> float:
-        return _error(self.weight(*factors), self.gram, self.cross, self.importance)
+        return self.equations.error(self.weight(*factors), self.importance)
 
     def _maps(self, v: Tensor) -> Tensor:
         """From a patch to what ``u`` is multiplied by: the intermediate, in the spatial scheme its k_w columns."""
@@ -223,12 +232,6 @@ class _Problem:
         return split.transpose(2, 3).reshape(self.groups, split.shape[1], -1)
 
 
-def _error(weight: Tensor, gram: Tensor, cross: Tensor, importance: Tensor | None = None) -> float:
-    """Mean squared distance to the outputs, but for a constant."""
-    product = weight @ gram - 2 * cross
-    return ((product if importance is None else importance @ product) * weight).sum().item()
-
-
 def _evened(importance: Tensor) -> Tensor:
     """``importance`` with a mean diagonal of 1, a share of which all outputs have alike."""
     diagonal = importance.diagonal(dim1=-2, dim2=-1)
@@ -237,18 +240,8 @@ def _evened(importance: Tensor) -> Tensor:
     return torch.where(size > 0, (1 - _ALIKE) * importance / size.clamp_min(1e-300) + _ALIKE * eye, eye)
 
 
-def _regressed(dense: Tensor, gram: Tensor, cross: Tensor, ridge: float, floor: Tensor) -> Tensor:
-    """Ridge regression towards the dense weight."""
-    return dense + _solve(gram, cross - dense @ gram, ridge, floor)
-
-
 def _damped(gram: Tensor, ridge: float, floor: Tensor) -> Tensor:
     """``gram`` plus ``ridge`` times its mean diagonal and ``floor`` ``[groups, 1]``."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     added = ridge * diagonal.mean(-1, keepdim=True) + floor + torch.finfo(gram.dtype).tiny
     return gram + torch.diag_embed(added.expand_as(diagonal))
-
-
-def _solve(gram: Tensor, right: Tensor, ridge: float, floor: Tensor) -> Tensor:
-    """``right (gram + ridge)^-1``."""
-    return torch.linalg.solve(_damped(gram, ridge, floor), right.mT).mT

@@ -400,6 +400,7 @@ def test_a_planner_makes_the_plans_of_plan_ranks_from_one_look_at_the_model(monk
         once = len(looks) // len(expected)
         looks.clear()
         planner = RankPlanner(model, **options)
+        assert set(planner.plan(0.5).factorized) <= set(planner.layers) <= set(planner.plan(1.0).layers)
         before = copy.deepcopy(model.state_dict())
         for parameter in model.parameters():  # the planner has seen them as they were
             nn.init.normal_(parameter)

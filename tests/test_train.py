@@ -418,6 +418,13 @@ def test_alternating_flips_show_every_image_in_both_orientations_in_turn() -> No
     assert len({frozenset(shown(epoch)) for epoch in range(3)}) == 3  # drawn anew
 
 
+def test_an_epoch_is_tested_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **o: used.append(o["precision"]) or evaluate(*a, **o))
+    run(epochs=1, precision="bf16")
+    assert used == ["bf16"]
+
+
 def test_evaluate_restores_the_mode_of_every_module() -> None:
     dataset = data.load("digits")
     model = train.build_model(config(), 10, 1).train()
