@@ -8,65 +8,27 @@
 
 #include <algorithm>
 
-#include "dtypes.h"
+#include "low_rank_conv_input.h"
 #include "low_rank_conv_kernel.h"
-#include "low_rank_conv_pack.h"
 #include "scratch.h"
 #include "simd.h"
 
 namespace smoothk::cpu {
 namespace {
 
-constexpr int64_t kBandBytes = 384 << 10;      // of the input: half an L2 cache is left for weights and output
-constexpr int64_t kStepBytes = 32 << 10;       // of weights or planes, that stay in L1
 constexpr int64_t kGrain = 256 << 10;          // multiplications that pay for a thread
-constexpr int64_t kSlices = 4;                 // of the depth, where each weight is read by one thread
-constexpr int64_t kMostTaps = 49;              // of planes
 constexpr int64_t kMostBlocks = 8;             // of pixels that go to a plane one after the other
 constexpr int64_t kTogetherBytes = 128 << 10;  // of z that these have, in L2
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-const void* advance(const void* p, Dtype dtype, int64_t count) {
-  return p ? static_cast<const char*>(p) + count * size_of(dtype) : nullptr;
-}
-void* advance(void* p, Dtype dtype, int64_t count) { return static_cast<char*>(p) + count * size_of(dtype); }
 
 constexpr const LowRankConvKernels* kCopies[] = SMOOTHK_COPIES(kLowRankConv);
 
 thread_local Scratch shared_scratch;  // of the thread that calls, for all
 thread_local Scratch own_scratch;
 
-// Rows of pixels are counted through the batch: row r is row r % out_height of image r / out_height.
-class Forward {
+class Forward : LowRankConvInput {
  public:
   Forward(const LowRankConvArguments& arguments, const float* packed)
-      : a_(arguments), s_(arguments.shape), packed_(packed), first_(first_factor(s_)), second_(second_factor(s_)) {
-    const int64_t span_h = (s_.out_height - 1) * s_.stride_h + reach_h_;
-    in_place_ = a_.dtype == Dtype::kFloat32 && input_layout_ == Layout::kChannelsLast && s_.pad_h == 0 && pad_w_ == 0 &&
-                span_h <= s_.height && span_w_ <= s_.width;
-    // Of the rows between those that a kernel of height 1 reads no copy is made.
-    row_step_ = s_.kernel_h == 1 && !in_place_ ? s_.stride_h : 1;
-    row_stride_ = s_.stride_h / row_step_;
-    pixel_pitch_ = in_place_ ? s_.groups * s_.in_channels : s_.in_channels;
-    row_pitch_ = (in_place_ ? s_.width : span_w_) * pixel_pitch_;
-
-    const bool merged = dilation_w_ == 1 && pixel_pitch_ == s_.in_channels;  // taps side by side are one run
-    taps_per_run_ = merged ? kernel_w_ : 1;
-    runs_ = first_.taps / taps_per_run_;
-    run_length_ = std::max<int64_t>(taps_per_run_ * s_.in_channels, 1);
-    const int64_t panels = std::clamp<int64_t>(ceil_div(s_.rank, kPanel), 1, 4);
-    const int64_t most = kStepBytes / (panels * kPanel * static_cast<int64_t>(sizeof(float)));
-    pieces_ = ceil_div(run_length_, most);
-    piece_length_ = std::min(run_length_, padded(ceil_div(run_length_, pieces_)));
-    pieces_ = ceil_div(run_length_, piece_length_);
-    runs_per_step_ = pieces_ > 1 ? 1 : most / run_length_;
-    steps_ = ceil_div(runs_ * pieces_, runs_per_step_);
-
-    planes_out_ = !s_.spatial && output_layout_ == Layout::kChannelsFirst;
-    planes_in_ = prefers_planes();
-    slices_ = !planes_in_ && splits_weights() ? kSlices : 1;
-  }
+      : LowRankConvInput(arguments, *kCopies[simd_index()]), a_(arguments), packed_(packed) {}
 
   void operator()(const ParallelFor& parallel_for) {
     if (out_pixels(rows_) == 0 || all_channels() == 0) return;
@@ -90,76 +52,27 @@ class Forward {
 
  private:
   // What a thread works on.
-  struct Buffers {
-    const float** table;   // where rows of a PixelProduct start
-    float* band;           // of the input
-    float* widened;        // a row of it
+  struct Buffers : InputBuffers {
     float* z;              // of pixels or planes
     float* blocks;         // z once more, by blocks of pixels: [block][rank][block_]
     float *sums, *turned;  // a block of the output
   };
 
-  int64_t z_pitch() const { return padded(s_.rank); }
-  int64_t z_pixels(int64_t rows) const { return rows * s_.z_width(); }
-  int64_t z_size(int64_t rows) const { return z_pixels(rows) * z_pitch(); }
-  int64_t out_pixels(int64_t rows) const { return rows * s_.out_width; }
-  int64_t out_plane() const { return s_.out_height * s_.out_width; }
-  int64_t all_channels() const { return s_.groups * s_.out_channels; }
   const float* first_weights(int64_t group) const { return packed_ + group * (first_.size() + second_.size()); }
   const float* second_weights(int64_t group) const { return first_weights(group) + first_.size(); }
   const float* bias_of(int64_t group, int64_t column) const {
     return bias_ ? bias_ + group * padded(s_.out_channels) + column : nullptr;
   }
 
-  // Rows of the input that so many rows of an image read.
-  int64_t read_rows(int64_t rows) const { return (rows - 1) * row_stride_ + reach_h_; }
-  int64_t band_size(int64_t rows) const {
-    if (in_place_) return 0;
-    const int64_t images = std::min(rows, (rows - 1) / s_.out_height + 2);  // at most: strides may be the longer ones
-    return ((rows - images) * row_stride_ + images * std::max(reach_h_, row_stride_)) * row_pitch_;
-  }
-
-  bool one_tap() const {
-    return first_.taps == 1 && s_.pad_h == 0 && pad_w_ == 0 && s_.out_height == s_.height && s_.out_width == s_.width;
-  }
-  // A row of a plane, with the zeros after it that taps outside read: they are also those before the next.
-  int64_t plane_row() const {
-    return one_tap() ? s_.width : std::min(span_w_, s_.width + std::max(pad_w_, span_w_ - pad_w_ - s_.width));
-  }
-  int64_t flat_size(int64_t rows) const { return (rows - 1) * plane_row() + s_.out_width; }
-  // Of an odd number of cache lines, so that planes do not compete for the same places in the cache.
-  int64_t plane_pitch(int64_t rows) const {
-    return one_tap() ? block_
-                     : ceil_div((read_rows(rows) + 1) * plane_row() + block_, 2 * kPanel) * 2 * kPanel + kPanel;
-  }
-
-  // Estimates both ways, in columns of multiplications at full speed. Tiles of one panel wait for loads, and so do
-  // vectors that are not aligned.
-  bool prefers_planes() const {
-    if (s_.spatial || s_.stride_h != 1 || s_.stride_w != 1 || first_.taps > kMostTaps) return false;
-    const bool last = input_layout_ == Layout::kChannelsLast;
-    const double transposed = 11.0 / static_cast<double>(first_.taps), dots = static_cast<double>(first_.dots());
-    const double columns = static_cast<double>(padded(s_.rank - first_.dots()));
-    const double pixels = columns * (columns > kPanel ? 1.3 : 2.5) + dots * 2.5 + (last ? 0 : transposed);
-    const double planes = static_cast<double>(s_.rank) * (one_tap() ? 1.3 : 1.9) + (last ? transposed : 0);
-    return planes * static_cast<double>(padded(flat_size(s_.out_height))) < pixels * static_cast<double>(out_plane());
-  }
-
-  // Where there are few pixels, reading the weights takes the time: each thread reads its part.
-  bool splits_weights() const {
-    const int64_t weights = first_.size() * sizeof(float), band = band_size(rows_) * sizeof(float);
-    return z_pixels(rows_) > 0 && steps_ >= kSlices && weights > kBandBytes && band <= kBandBytes && weights > 2 * band;
-  }
-
   void widen_bias(float* bias) {
     const int64_t pitch = padded(s_.out_channels);
     std::fill_n(bias, s_.groups * pitch, 0.0f);
-    kernels_.widen(a_.dtype, a_.bias, s_.out_channels, bias, pitch, s_.groups, s_.out_channels);
+    kernels_.widen(dtype_, a_.bias, s_.out_channels, bias, pitch, s_.groups, s_.out_channels);
     bias_ = bias;
   }
 
   Buffers buffers(int64_t rows) const {
-    const bool widens = a_.dtype != Dtype::kFloat32 && (input_layout_ == Layout::kChannelsLast) == planes_in_;
+    const bool widens = dtype_ != Dtype::kFloat32 && (input_layout_ == Layout::kChannelsLast) == planes_in_;
     const int64_t table = planes_in_ ? block_ : std::max(runs_ * z_pixels(rows), second_.taps * out_pixels(rows));
     const int64_t band = planes_in_ ? s_.in_channels * plane_pitch(rows) : band_size(rows);
     const int64_t widened = widens ? s_.in_channels * std::max(s_.width, block_) : 0;
@@ -170,9 +83,10 @@ class Forward {
     scratch.reserve(Scratch::bytes<const float*>(table) + Scratch::bytes<float>(band) + Scratch::bytes<float>(widened) +
                     Scratch::bytes<float>(z) + Scratch::bytes<float>(blocks) + Scratch::bytes<float>(sums) +
                     Scratch::bytes<float>(turned));
-    return {scratch.take<const float*>(table), scratch.take<float>(band),
-            scratch.take<float>(widened),      scratch.take<float>(z),
-            scratch.take<float>(blocks),       scratch.take<float>(sums),
+    return {{scratch.take<const float*>(table), scratch.take<float>(band), scratch.take<float>(widened)},
+            scratch.take<float>(z),
+            scratch.take<float>(blocks),
+            scratch.take<float>(sums),
             scratch.take<float>(turned)};
   }
 
@@ -259,93 +173,6 @@ class Forward {
       }
       finish_pixels(group, 0, rows_, (at - first_panel) * kPanel,
                     std::min((stop - first_panel) * kPanel, s_.out_channels), b);
-    }
-  }
-
-  // Copies what rows [begin, end) read, and enters for every run where it starts for every pixel of them.
-  void read_band(int64_t group, int64_t begin, int64_t end, const Buffers& b) {
-    const int64_t pixels = z_pixels(end - begin);
-    float* band = b.band;
-    for (int64_t r = begin, rows; r < end; r += rows) {
-      const int64_t image = r / s_.out_height, y = r % s_.out_height;
-      rows = std::min(end - r, s_.out_height - y);
-      const float* start = band;
-      if (in_place_) {
-        start = static_cast<const float*>(a_.input) + (image * s_.height + y * s_.stride_h) * row_pitch_ +
-                group * s_.in_channels;
-      } else {
-        const int64_t top = y * s_.stride_h - s_.pad_h;
-        for (int64_t i = 0; i < read_rows(rows); ++i) {
-          read_row(image, group, top + i * row_step_, band, b.widened);
-          band += row_pitch_;
-        }
-      }
-      for (int64_t i = 0; i < rows; ++i, start += row_stride_ * row_pitch_) {
-        for (int64_t run = 0; run < runs_; ++run) {
-          const int64_t tap = run * taps_per_run_;
-          const float* p =
-              start + tap / kernel_w_ * s_.dilation_h * row_pitch_ + tap % kernel_w_ * dilation_w_ * pixel_pitch_;
-          const float** entry = b.table + run * pixels + z_pixels(r - begin + i);
-          for (int64_t x = 0; x < s_.z_width(); ++x) entry[x] = p + x * stride_w_ * pixel_pitch_;
-        }
-      }
-    }
-  }
-
-  void read_row(int64_t image, int64_t group, int64_t y, float* to, float* widened) {
-    const int64_t c = s_.in_channels, left = std::min(pad_w_, span_w_), width = std::min(s_.width, span_w_ - left);
-    if (y < 0 || y >= s_.height) {
-      std::fill_n(to, row_pitch_, 0.0f);
-      return;
-    }
-    std::fill_n(to, left * c, 0.0f);
-    std::fill_n(to + (left + width) * c, (span_w_ - left - width) * c, 0.0f);
-    to += left * c;
-    if (input_layout_ == Layout::kChannelsLast) {
-      const int64_t at = ((image * s_.height + y) * s_.width * s_.groups + group) * c;
-      return kernels_.widen(a_.dtype, advance(a_.input, a_.dtype, at), s_.groups * c, to, c, width, c);
-    }
-    const int64_t plane = s_.height * s_.width;
-    const void* from = advance(a_.input, a_.dtype, (image * s_.groups + group) * c * plane + y * s_.width);
-    if (a_.dtype == Dtype::kFloat32) {
-      return kernels_.transpose(static_cast<const float*>(from), plane, c, width, to, c);
-    }
-    kernels_.widen(a_.dtype, from, plane, widened, width, c, width);
-    kernels_.transpose(widened, width, c, width, to, c);
-  }
-
-  // Pixels that lie together, as planes.
-  void read_pixels(int64_t group, int64_t first, int64_t pixels, float* to, int64_t pitch, float* widened) {
-    const int64_t c = s_.in_channels, plane = s_.height * s_.width;
-    if (input_layout_ == Layout::kChannelsFirst) {
-      const int64_t at = (first / plane * s_.groups + group) * c * plane + first % plane;
-      return kernels_.widen(a_.dtype, advance(a_.input, a_.dtype, at), plane, to, pitch, c, pixels);
-    }
-    const int64_t from_pitch = s_.groups * c;
-    const void* from = advance(a_.input, a_.dtype, first * from_pitch + group * c);
-    if (a_.dtype == Dtype::kFloat32) {
-      return kernels_.transpose(static_cast<const float*>(from), from_pitch, pixels, c, to, pitch);
-    }
-    kernels_.widen(a_.dtype, from, from_pitch, widened, c, pixels, c);
-    kernels_.transpose(widened, c, pixels, c, to, pitch);
-  }
-
-  // What rows of an image read, as planes with padding.
-  void read_planes(int64_t group, int64_t row, int64_t rows, const Buffers& b, int64_t band_pitch) {
-    const int64_t image = row / s_.out_height, top = row % s_.out_height - s_.pad_h, pitch = plane_row();
-    const int64_t begin = std::clamp<int64_t>(-top, 0, read_rows(rows));
-    const int64_t end = std::clamp<int64_t>(s_.height - top, begin, read_rows(rows));
-    const int64_t left = std::min(pad_w_, pitch), width = std::min(s_.width, pitch - left);
-    float* const start = b.band + begin * pitch + left;
-    for (int64_t c = 0; c < s_.in_channels; ++c) {
-      float* to = start + c * band_pitch;
-      std::fill(b.band + c * band_pitch, to, 0.0f);
-      for (int64_t y = begin; y < end; ++y, to += pitch) std::fill(to + width, to + pitch, 0.0f);
-      std::fill(to, b.band + (c + 1) * band_pitch, 0.0f);
-    }
-    for (int64_t y = begin; y < end; ++y) {
-      const int64_t first = (image * s_.height + top + y) * s_.width;
-      read_pixels(group, first, width, start + (y - begin) * pitch, band_pitch, b.widened);
     }
   }
 
@@ -460,7 +287,7 @@ class Forward {
 
   void write_z(int64_t group, int64_t pixel, int64_t pixels, const float* z) {
     const int64_t pitch = s_.groups * s_.rank, at = pixel * pitch + group * s_.rank;
-    kernels_.finish(a_.dtype, z, z_pitch(), nullptr, false, advance(a_.z, a_.dtype, at), pitch, pixels, s_.rank);
+    kernels_.finish(dtype_, z, z_pitch(), nullptr, false, advance(a_.z, at), pitch, pixels, s_.rank);
   }
 
   // Enters for every tap of u where it reads z for every pixel. Behind z lie zeros, for taps outside.
@@ -490,10 +317,10 @@ class Forward {
     product.columns = end - begin;
     product.epilogue.bias = bias_of(group, begin);
     const int64_t at = first * all_channels() + channel;
-    if (a_.dtype == Dtype::kFloat32 && output_layout_ == Layout::kChannelsLast) {
+    if (dtype_ == Dtype::kFloat32 && output_layout_ == Layout::kChannelsLast) {
       product.out = static_cast<float*>(a_.output) + at;
       product.out_pitch = all_channels();
-      product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
+      product.epilogue.residual = static_cast<const float*>(advance(a_.residual, at));
       product.epilogue.relu = a_.relu;
       return kernels_.multiply_pixels(product);
     }
@@ -551,10 +378,10 @@ class Forward {
     product.epilogue = {bias_of(group, begin), nullptr, false};
     const bool whole = pixels % kPanel == 0 && first % out_plane() + pixels <= out_plane();
     for_images(first, pixels, channel, [&](int64_t at, int64_t i, int64_t run) {
-      if (a_.dtype == Dtype::kFloat32 && whole) {
+      if (dtype_ == Dtype::kFloat32 && whole) {
         product.out = static_cast<float*>(a_.output) + at;
         product.out_pitch = out_plane();
-        product.epilogue.residual = static_cast<const float*>(advance(a_.residual, a_.dtype, at));
+        product.epilogue.residual = static_cast<const float*>(advance(a_.residual, at));
         product.epilogue.relu = a_.relu;
         return kernels_.multiply_planes(product);
       }
@@ -574,30 +401,12 @@ class Forward {
   }
 
   void finish(const float* from, int64_t pitch, int64_t at, int64_t out_pitch, int64_t rows, int64_t columns) {
-    kernels_.finish(a_.dtype, from, pitch, advance(a_.residual, a_.dtype, at), a_.relu,
-                    advance(a_.output, a_.dtype, at), out_pitch, rows, columns);
+    kernels_.finish(dtype_, from, pitch, advance(a_.residual, at), a_.relu, advance(a_.output, at), out_pitch, rows,
+                    columns);
   }
 
   const LowRankConvArguments& a_;
-  const LowRankConvShape& s_;
   const float* packed_;
-  const LowRankConvKernels& kernels_ = *kCopies[simd_index()];
-  const Factor first_, second_;
-  const int64_t rows_ = s_.batch * s_.out_height;
-  const int64_t block_ = kernels_.plane_vectors * kPanel;  // pixels that are rearranged at once
-  // Of one pixel both layouts are the same.
-  const Layout input_layout_ = s_.height * s_.width == 1 ? Layout::kChannelsLast : a_.input_layout;
-  const Layout output_layout_ = s_.out_height * s_.out_width == 1 ? Layout::kChannelsLast : a_.output_layout;
-  // Of the first convolution.
-  const int64_t kernel_w_ = s_.spatial ? 1 : s_.kernel_w, stride_w_ = s_.spatial ? 1 : s_.stride_w;
-  const int64_t pad_w_ = s_.spatial ? 0 : s_.pad_w, dilation_w_ = s_.spatial ? 1 : s_.dilation_w;
-  const int64_t reach_h_ = (s_.kernel_h - 1) * s_.dilation_h + 1;
-  const int64_t span_w_ = (s_.z_width() - 1) * stride_w_ + (kernel_w_ - 1) * dilation_w_ + 1;
-  bool in_place_, planes_in_, planes_out_;
-  int64_t row_step_, row_stride_, row_pitch_, pixel_pitch_;
-  // A run is the part of the depth that lies together in the input; a step is what is multiplied at once.
-  int64_t runs_, run_length_, taps_per_run_, pieces_, piece_length_, runs_per_step_, steps_;
-  int64_t slices_;
   const float* bias_ = nullptr;
   float* partial_ = nullptr;  // [group][slice][pixel][z_pitch]
 };
