@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .low_rank_conv import check_method, low_rank_conv, low_rank_linear
 from .reference import merged_weight
-from .svd import full_rank, parameters_per_rank, rank_for_energy, squared_singular_values, truncated_factors
-from .unfolding import check_unfolding, matrix_shape
+from .svd import check_rank, choose_rank, truncated_factors
+from .unfolding import check_unfolding
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -26,41 +26,6 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 class _Placement(TypedDict):
     device: torch.device | str | None
     dtype: torch.dtype | None
-
-
-def check_rank(rank: int, shape: Sequence[int], groups: int = 1, scheme: str = "channel") -> int:
-    """``rank`` if it is one of the weight's, else TypeError or ValueError."""
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank must be an int, got {type(rank).__name__}")
-    rows, columns = matrix_shape(shape, scheme, groups)
-    largest = min(rows, columns)
-    if not 1 <= rank <= largest:
-        raise ValueError(f"rank must be between 1 and {largest} for a {rows}x{columns} weight, got {rank}")
-    return rank
-
-
-def _choose_rank(
-    weight: Tensor, rank: int | None, energy: float | None, keep: float | None, groups: int, scheme: str
-) -> int:
-    """The rank that exactly one of ``rank``, ``energy`` and ``keep`` asks for."""
-    given = {name: v for name, v in (("rank", rank), ("energy", energy), ("keep", keep)) if v is not None}
-    if len(given) != 1:
-        raise TypeError(f"exactly one of rank, energy and keep must be given, got {', '.join(given) or 'none'}")
-    if rank is not None:
-        return check_rank(rank, weight.shape, groups, scheme)
-    (name, share), *_ = given.items()
-    if not isinstance(share, int | float) or isinstance(share, bool):
-        raise TypeError(f"{name} must be a number, got {type(share).__name__}")
-    if not 0 < share <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {share}")
-    if energy is not None:
-        return rank_for_energy(squared_singular_values(weight, groups, scheme), energy)
-    per_rank = parameters_per_rank(weight.shape, groups, scheme)
-    affordable = math.floor(share * weight.numel() / per_rank + 1e-9)  # 0.29 * 100 is a rounding error below 29
-    if affordable < 1:
-        smallest = math.ceil(1e6 * per_rank / weight.numel()) / 1e6
-        raise ValueError(f"keep must be at least {smallest:.6f} for rank 1 of this weight, got {share}")
-    return min(affordable, full_rank(weight.shape, groups, scheme))
 
 
 def _check_finite(weight: Tensor) -> None:
@@ -245,7 +210,7 @@ class _LowRankConvNd(_LowRank):
             raise TypeError(f"conv must be an initialised torch.nn.{dense.__name__}, got {type(conv).__name__}")
         check_unfolding(scheme, "scheme")
         _check_finite(conv.weight)
-        rank = _choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
+        rank = choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
         layer = cls._like(conv, rank, scheme)
         u, v = truncated_factors(conv.weight, rank, conv.groups, scheme)
         layer._adopt(conv, v.reshape(layer.v.shape), layer._u_from_matrices(u))
@@ -463,7 +428,7 @@ class LowRankLinear(_LowRank):
         if not isinstance(linear, nn.Linear) or isinstance(linear, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"linear must be an initialised torch.nn.Linear, got {type(linear).__name__}")
         _check_finite(linear.weight)
-        rank = _choose_rank(linear.weight, rank, energy, keep, 1, "channel")
+        rank = choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         layer = cls._like(linear, rank, "channel")
         u, v = truncated_factors(linear.weight, rank)
         layer._adopt(linear, v[0], u[0])

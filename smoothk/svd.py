@@ -7,6 +7,7 @@ is the weight to rounding whatever the singular values are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,41 @@ def rank_for_energy(squares: Tensor, energy: float) -> int:
     kept = squares.sum(0).cumsum(0)
     # 1e-12 of slack: energy=1.0 must not ask for more than the last partial sum, which has rounding of its own.
     return min(int((kept < (energy - 1e-12) * kept[-1]).sum()) + 1, len(kept))
+
+
+def check_rank(rank: int, shape: Sequence[int], groups: int = 1, scheme: str = "channel") -> int:
+    """``rank`` if it is one of the weight's, else TypeError or ValueError."""
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"rank must be an int, got {type(rank).__name__}")
+    rows, columns = matrix_shape(shape, scheme, groups)
+    largest = min(rows, columns)
+    if not 1 <= rank <= largest:
+        raise ValueError(f"rank must be between 1 and {largest} for a {rows}x{columns} weight, got {rank}")
+    return rank
+
+
+def choose_rank(
+    weight: Tensor, rank: int | None, energy: float | None, keep: float | None, groups: int, scheme: str
+) -> int:
+    """The rank that exactly one of ``rank``, ``energy`` and ``keep`` asks for."""
+    given = {name: v for name, v in (("rank", rank), ("energy", energy), ("keep", keep)) if v is not None}
+    if len(given) != 1:
+        raise TypeError(f"exactly one of rank, energy and keep must be given, got {', '.join(given) or 'none'}")
+    if rank is not None:
+        return check_rank(rank, weight.shape, groups, scheme)
+    (name, share), *_ = given.items()
+    if not isinstance(share, int | float) or isinstance(share, bool):
+        raise TypeError(f"{name} must be a number, got {type(share).__name__}")
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+    if energy is not None:
+        return rank_for_energy(squared_singular_values(weight, groups, scheme), energy)
+    per_rank = parameters_per_rank(weight.shape, groups, scheme)
+    affordable = math.floor(share * weight.numel() / per_rank + 1e-9)  # 0.29 * 100 is a rounding error below 29
+    if affordable < 1:
+        smallest = math.ceil(1e6 * per_rank / weight.numel()) / 1e6
+        raise ValueError(f"keep must be at least {smallest:.6f} for rank 1 of this weight, got {share}")
+    return min(affordable, full_rank(weight.shape, groups, scheme))
 
 
 def _scaled_matrices(weight: Tensor, groups: int, scheme: str) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import smoothk
 from smoothk import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
-from smoothk.layers import full_rank
+from smoothk.svd import full_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
