@@ -30,7 +30,7 @@ from timing import interleave, spread
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes import data, figures
 from smoothk.recipes.compare import Comparison, Network, compare, merge
-from smoothk.recipes.config import FREE_FIELDS, TrainConfig
+from smoothk.recipes.config import FREE_FIELDS, PRECISIONS, TrainConfig
 from smoothk.recipes.methods import METHODS
 from smoothk.recipes.provenance import stamp
 from smoothk.recipes.train import load_dataset, load_run, train
@@ -150,6 +150,8 @@ class Stages:
         out_dir = str(self.args.out / f"{name}-{seed}")
         dose = {**NETWORKS[name], **self.preset.networks.get(name, {})}
         options = {**self.preset.recipe, **dose, "data_dir": self.args.data_dir}
+        if self.args.precision:
+            options["precision"] = self.args.precision
         return TrainConfig(**options, seed=seed, out_dir=out_dir)
 
     def is_trained(self, name: str, seed: int) -> bool:
@@ -248,6 +250,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", required=True, help="directory that holds cifar-10-batches-py")
     parser.add_argument("--data-note", help="what the images are, where they are not the original files")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs, one sub-directory each")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: the preset's, which is bf16")
     parser.add_argument("--results", type=Path, help="directory for results and figures")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["plain", "nuclear"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

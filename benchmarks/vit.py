@@ -15,7 +15,7 @@ from pathlib import Path
 
 from smoothk.checkpoint import atomic_write
 from smoothk.recipes.compare import Comparison, Network, compare, merge
-from smoothk.recipes.config import TrainConfig
+from smoothk.recipes.config import PRECISIONS, TrainConfig
 from smoothk.recipes.train import train
 
 RESULTS = Path(__file__).resolve().parent / "results" / "vit"
@@ -27,7 +27,6 @@ RECIPE = {
     "lr": 2e-3,
     "weight_decay": 0.05,
     "warmup": 0.2,
-    "precision": "bf16",
     "channels_last": False,
 }
 NETWORKS = {"plain": {}, "nuclear": {"nuclear": 1e-3}, "nuclear-mild": {"nuclear": 3e-4}}
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--stem-stride", type=int, default=2, help="1: patches of 4x4 pixels, 2: of 8x8")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for results")
     args = parser.parse_args()
@@ -60,9 +60,9 @@ def main() -> None:
 
 def measure(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train or find one network, compress it, and write the result file."""
-    options = {"epochs": args.epochs, "stem_stride": args.stem_stride, "threads": args.threads, "seed": seed}
+    options = {field: getattr(args, field) for field in ("epochs", "stem_stride", "precision", "threads")}
     out_dir = str(args.out / f"{name}-{seed}")
-    config = TrainConfig(**RECIPE, **NETWORKS[name], **options, data_dir=args.data_dir, out_dir=out_dir)
+    config = TrainConfig(**RECIPE, **NETWORKS[name], **options, seed=seed, data_dir=args.data_dir, out_dir=out_dir)
     result = train(config, resume=True)
     network = Network(name, result.model, result.config)
     title = f"CIFAR-10, vision transformer, patches of {4 * args.stem_stride}"

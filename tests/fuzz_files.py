@@ -150,7 +150,7 @@ class Kind:
     alter: Callable[[bytes, random.Random], bytes]
 
 
-RUN = TrainConfig(width=0.125, epochs=1)
+RUN = TrainConfig(width=0.25, epochs=1)
 
 
 def write_checkpoint(path: Path) -> None:

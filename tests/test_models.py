@@ -35,7 +35,7 @@ def test_parameter_counts(arch: str, options: dict, expected: int) -> None:
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 @pytest.mark.parametrize(("in_channels", "size", "stem_stride"), [(3, 16, 1), (1, 9, 2)])
 def test_every_architecture_maps_images_to_logits(arch: str, in_channels: int, size: int, stem_stride: int) -> None:
-    model = models.build(arch, 7, in_channels, width=0.125, stem_stride=stem_stride)
+    model = models.build(arch, 7, in_channels, width=0.25, stem_stride=stem_stride)
     logits = model(torch.randn(2, in_channels, size, size))
     assert logits.shape == (2, 7)
     logits.sum().backward()

@@ -22,6 +22,7 @@ from smoothk.recipes import data, run_state, train
 from smoothk.recipes.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+ANY_CPU = pytest.mark.filterwarnings("ignore:this CPU has no bfloat16 instructions")
 TINY = {"width": 0.25, "epochs": 3, "batch_size": 64, "lr": 0.1, "threads": 1}
 
 
@@ -124,6 +125,7 @@ def test_strong_penalty_smooths() -> None:
         {"arch": "vit", "optimizer": "adamw", "lr": 2e-3, "nuclear": 1e-4, "channels_last": False},
     ],
 )
+@ANY_CPU
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
@@ -417,11 +419,21 @@ def test_alternating_flips_show_every_image_in_both_orientations_in_turn() -> No
     assert len({frozenset(shown(epoch)) for epoch in range(3)}) == 3  # drawn anew
 
 
+@ANY_CPU
 def test_an_epoch_is_tested_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     used, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *a, **o: used.append(o["precision"]) or evaluate(*a, **o))
     run(epochs=1, precision="bf16")
     assert used == ["bf16"]
+
+
+def test_bfloat16_on_a_cpu_without_it_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="no bfloat16 instructions: precision 'fp32' is many times faster"):
+        run(epochs=1, precision="bf16")
+    run(epochs=1)
+    monkeypatch.setattr(train, "_has_bfloat16", lambda: True)
+    run(epochs=1, precision="bf16")
 
 
 def test_evaluate_restores_the_mode_of_every_module() -> None:

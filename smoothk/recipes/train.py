@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -138,6 +139,16 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def _warn_of_slow_bfloat16(config: TrainConfig, device: torch.device) -> None:
+    """Without such instructions a CPU takes many times longer than in float32: 18 times in a ResNet-18, with AVX2."""
+    if config.precision == "bf16" and device.type == "cpu" and not _has_bfloat16():
+        warnings.warn("this CPU has no bfloat16 instructions: precision 'fp32' is many times faster", stacklevel=3)
+
+
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def train(
     config: TrainConfig,
     *,
@@ -169,6 +180,7 @@ def train(
     if out_dir is not None and not resume and (out_dir / "checkpoint.pt").exists():
         raise ValueError(f"{out_dir} already holds a run: resume it (--resume) or choose another out_dir")
     device = _device(config.device)
+    _warn_of_slow_bfloat16(config, device)
     state = None
     if out_dir is not None and resume and (out_dir / "checkpoint.pt").exists():
         state = _state_to_resume(out_dir / "checkpoint.pt", config)
