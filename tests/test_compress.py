@@ -156,12 +156,13 @@ def test_hooks_and_attributes_of_other_modules_survive() -> None:
 def test_training_goes_on_after_compression() -> None:
     small = compress(plain(), 0.85).model.train()
     optimizer = torch.optim.SGD(small.parameters(), 0.1)
-    before = [p.detach().clone() for p in small.parameters()]
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
     small(torch.randn(4, 3, 9, 8)).square().mean().backward()
     optimizer.step()
-    assert all(
-        p.grad is not None and not torch.equal(p, old) for p, old in zip(small.parameters(), before, strict=True)
-    )
+    after = dict(small.named_parameters())
+    assert all(p.grad is not None for p in after.values())
+    unmoved = {name for name, old in before.items() if torch.equal(after[name], old)}
+    assert unmoved <= {"3.bias"}  # a batch norm follows: its gradient is 0 but for rounding
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e15])
