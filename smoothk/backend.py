@@ -125,7 +125,10 @@ def _dtype_obstacle(tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 
 
 def in_transform() -> bool:
-    """Whether torch.func's transforms or forward-mode differentiation are at work, which tensors do not say."""
+    """Whether torch.func's transforms or forward-mode differentiation are at work, which tensors do not say; not while
+    torch.compile traces, which looks like one."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeGuard, cast
 
@@ -52,6 +53,13 @@ def check_dim(dim: int | Sequence[int]) -> tuple[int, ...]:
     return dims
 
 
+def check_axes(dim: tuple[int, ...], axes: int, name: str) -> None:
+    """Raise if two entries of ``dim`` are one of a weight's ``axes``, counted from both ends."""
+    present = [d % axes for d in dim if -axes <= d < axes]
+    if len(set(present)) != len(present):
+        raise ValueError(f"dim must not name an axis twice, got {dim!r} for {name} with {axes} axes")
+
+
 def check_difference_options(order: int, norm: str, eps: float) -> None:
     """Raise unless these describe a difference penalty."""
     if not isinstance(order, int) or isinstance(order, bool):
@@ -62,7 +70,7 @@ def check_difference_options(order: int, norm: str, eps: float) -> None:
         raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     if not isinstance(eps, int | float):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps > 0):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps must be a positive finite number, got {eps!r}")
 
 
@@ -185,6 +193,8 @@ def difference_penalty(
     """
     tensors = _as_list(weights)
     dims = check_dim(dim)
+    for i, tensor in enumerate(tensors):
+        check_axes(dims, tensor.dim(), f"weights[{i}]")
     check_difference_options(order, norm, eps)
 
     terms = difference_terms(tensors, [order], dim=dims, norm=norm, normalized=normalized, eps=eps, backend=backend)
@@ -255,7 +265,10 @@ def accumulate_difference_penalty(
             return distributed.accumulate_difference_penalty(ws, gs, factors, orders, **options, backend=backend)
         if chosen != "torch":
             accumulate = getattr(torch.ops, _NAMESPACES[chosen]).difference_penalty_accumulate_
-            return accumulate(gs, ws, factors, orders, dim, norm, normalized, eps)
+            terms = accumulate(gs, ws, factors, orders, dim, norm, normalized, eps)
+            if not torch.compiler.is_compiling():  # autograd is to know that gradients were written to
+                torch.autograd.graph.increment_version([grad for grad in gs if not grad.is_inference()])
+            return terms
         return reference.total_of(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
 
     def _accumulate_one(weight: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
@@ -283,8 +296,10 @@ def nuclear_norm(
 
     The gradient is the subgradient ``U Vᵀ`` over the singular values above rounding (``max(rows, columns) * eps *
     σ_max``) and 0 in the other directions; U and V are never differentiated, so repeated and zero singular values give
-    finite gradients. Second derivatives are an error. Source: Runkel et al., arXiv 2505.24469 (nuclear norm of the
-    flattened weight); the spatial unfolding is ours, after Jaderberg et al., arXiv 1405.3866.
+    finite gradients. Second derivatives are an error. Under the transforms of `torch.func` and in forward mode the norm
+    is that of `torch.linalg.svdvals`, with its derivatives, over the same singular values. Source: Runkel et al., arXiv
+    2505.24469 (nuclear norm of the flattened weight); the spatial unfolding is ours, after Jaderberg et al., arXiv
+    1405.3866.
 
     Args:
         weights: a tensor ``[C_out, C_in/groups, *kernel]`` or ``[C_out, C_in]``, or a sequence of them, of any device
@@ -323,6 +338,8 @@ def nuclear_norm(
         namespace = _NAMESPACES[_backend.choose(op, backend, group)]
         with _no_autocast(tensors):
             matrices = [_at_least_2d(weight) for weight in group]
+            if _backend.in_transform():
+                return reference.nuclear_norm_by_svd(matrices, unfolding=unfolding).view(1)
             return reference.nuclear_norm(matrices, unfolding=unfolding, method=method, namespace=namespace).view(1)
 
     return _sum_over_kinds(tensors, 1, values_of)[0]
@@ -357,6 +374,7 @@ def _at_least_2d(weight: Tensor) -> Tensor:
     return weight if weight.dim() > 1 else weight.reshape(1, -1)
 
 
-def _no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
+def _no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
     """Autocast would run the products inside a decomposition in half precision."""
-    return torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False)
+    device = tensors[0].device.type if tensors else "cpu"
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

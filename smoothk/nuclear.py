@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from .backend import in_transform
 from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_norm, polar_factors
 from .reference import compute_dtype, total_of
 
@@ -91,23 +93,38 @@ class NuclearTerm:
 
     def _polar_factors(self, weights: Weights) -> Weights:
         """Those of a call before, as long as they are of these weights and young enough; none where none are shared."""
-        if self.every == 1:
-            return {}
+        return {} if self.every == 1 or in_transform() else self._shared_factors(weights)
+
+    @_disable_dynamo  # which would compile a graph for every count of uses
+    def _shared_factors(self, weights: Weights) -> Weights:
         fits = self._factors.keys() == weights.keys() and all(
             _fits(self._factors[name], weight) for name, weight in weights.items()
         )
         if not fits or self._uses == self.every:
-            pairs = polar_factors(list(weights.values()), **self.options)
+            with torch.inference_mode(False):  # for the calls that follow
+                pairs = polar_factors(list(weights.values()), **self.options)
             self._factors = {name: factor for name, (_, factor) in zip(weights, pairs, strict=True)}
-            self._uses = 0
+            # Those of weights with NaN or Inf are for this call alone: a checkpoint may be loaded before the next.
+            self._uses = 0 if _are_finite(pairs) else self.every - 1
         self._uses += 1
         return self._factors
+
+    def change(self, **options: Any) -> None:
+        """Set one of `options`; factors that were computed by the old ones are gone."""
+        self.options |= options
+        self._factors = {}
+
+
+def _are_finite(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether all these norms are; those on a GPU count as such, for which it would have to be waited."""
+    return all(value.isfinite().item() for value, _ in pairs if value.is_cpu)
 
 
 def _fits(factor: Tensor, weight: Tensor) -> bool:
     """Whether this can be the polar factor of such a weight: it has changed its kind where a model was moved."""
     kind = weight.shape, weight.device, compute_dtype(weight.dtype), is_dtensor(weight)
-    return (factor.shape, factor.device, factor.dtype, is_dtensor(factor)) == kind
+    is_real = type(factor) is Tensor or is_dtensor(factor)  # not of a call in FakeTensorMode
+    return is_real and (factor.shape, factor.device, factor.dtype, is_dtensor(factor)) == kind
 
 
 def _along(weight: Tensor, factor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backend import NAMES, PLAIN, in_transform
 from .functional import (
     accumulate_difference_penalty,
+    check_axes,
     check_difference_options,
     check_dim,
     choose_backends,
@@ -23,6 +24,7 @@ from .functional import (
 from .nuclear import NuclearTerm, Weights
 from .reference import axes_of, result_dtype
 from .selection import Select, select_weights
+from .unfolding import check_unfolding
 
 TERMS = ("first_order", "second_order", "nuclear")
 _EPS = 1e-8
@@ -50,9 +52,10 @@ class SmoothnessPenalty(nn.Module):
         loss.backward()
         value = penalty.accumulate_grad()  # no autograd graph: adds into .grad, returns the value
 
-    It registers no parameters and has no state of its own but `scale`. The parameters of a module are looked up at
-    every call, so wrappers that replace them (`fully_shard`, ``to_empty``) are followed. Source: Runkel et al., "Smooth
-    Model Compression without Fine-Tuning" (arXiv 2505.24469); coefficients and options are our reading.
+    It registers no parameters and has no state of its own but its options, which may be set between calls, and the
+    factors of ``every``. The parameters of a module are looked up at every call, so wrappers that replace them
+    (`fully_shard`, ``to_empty``) are followed. Source: Runkel et al., "Smooth Model Compression without Fine-Tuning"
+    (arXiv 2505.24469); coefficients and options are our reading.
 
     Args:
         model: a module, or an iterable of parameters.
@@ -62,14 +65,15 @@ class SmoothnessPenalty(nn.Module):
             ``‖W‖_F``.
         unfolding: as in `smoothk.nuclear_norm`.
         select: ``(name, module, parameter) -> bool``, called for every parameter of the model; default: weights of
-            convolutions and linear layers, without depthwise ones. Tied weights count once. Transposed convolutions,
-            embeddings, norms and low-rank layers are left out by default, and transformers' ``Conv1D``, whose rows are
-            inputs (select it together with ``dim=1``).
+            convolutions and linear layers. Tied weights count once. Depthwise and transposed convolutions, embeddings,
+            norms, low-rank layers and whatever is parametrised or pruned are left out by default, and transformers'
+            ``Conv1D``, whose rows are inputs (select it together with ``dim=1``).
         backend: ``None``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
         method: of `smoothk.nuclear_norm`.
         every: calls that share the polar factors of the nuclear norm. From the second to the last of them the term is
             ``<W, X>`` with gradient X, X being the factors of the first: a lower bound, and no decomposition. It keeps
-            one copy of the weights in memory.
+            one copy of the weights in memory, a step that is compiled has a graph break there, and what
+            `torch.utils.checkpoint` computes again counts as a call.
 
     Raises:
         ValueError: a negative or non-finite coefficient, an unknown option, or nothing to penalise.
@@ -106,20 +110,70 @@ class SmoothnessPenalty(nn.Module):
         self.coefficients = {
             name: _check_coefficient(name, value) for name, value in zip(TERMS, coefficients, strict=True)
         }
-        check_difference_options(1, norm, _EPS)
-        if backend not in (None, *NAMES):
-            raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
-        self.dim, self.norm, self.normalized = check_dim(dim), norm, bool(normalized)
-        self.unfolding, self.backend = unfolding, backend
-        self._nuclear = NuclearTerm(unfolding, method, self.normalized, every, backend)
         self._weights = select_weights(model, select)
         if not self._weights:
             raise ValueError("model has no weight to penalise; pass select to choose parameters")
+        self._nuclear = NuclearTerm(unfolding, method, bool(normalized), every, backend)
+        self.dim, self.norm, self.backend = dim, norm, backend
         self._scale = 1.0
         # Tensors, written in place: a new scale reaches compiled code and CUDA graphs.
+        self._values: list[float] = []
         self._lambdas: dict[torch.device, Tensor] = {}
         self._scaled: dict[torch.device, Tensor] = {}
-        self._scaled_on(self._weights[0].parameter.device)
+        self._scaled_on(self._weights[0].current.device)
+
+    # Options may be set between calls.
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The axes that differences are taken along."""
+        return self._dim
+
+    @dim.setter
+    def dim(self, dim: int | Sequence[int]) -> None:
+        self._dim = check_dim(dim)
+        for weight in self._weights:
+            check_axes(self._dim, weight.axes, weight.name)
+
+    @property
+    def norm(self) -> str:
+        """How differences are measured."""
+        return self._norm
+
+    @norm.setter
+    def norm(self, norm: str) -> None:
+        check_difference_options(1, norm, _EPS)
+        self._norm = norm
+
+    @property
+    def normalized(self) -> bool:
+        """Whether terms are relative to the weights."""
+        return self._nuclear.normalized
+
+    @normalized.setter
+    def normalized(self, normalized: bool) -> None:
+        self._nuclear.normalized = bool(normalized)
+
+    @property
+    def unfolding(self) -> str:
+        """The matrix whose nuclear norm is taken."""
+        return self._nuclear.options["unfolding"]
+
+    @unfolding.setter
+    def unfolding(self, unfolding: str) -> None:
+        check_unfolding(unfolding)
+        self._nuclear.change(unfolding=unfolding)
+
+    @property
+    def backend(self) -> str | None:
+        """Who computes it, where that was asked for by name."""
+        return self._nuclear.options["backend"]
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        if backend not in (None, *NAMES):
+            raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+        self._nuclear.change(backend=backend)
 
     @property
     def scale(self) -> float:
@@ -150,7 +204,8 @@ class SmoothnessPenalty(nn.Module):
                 total = total + local_part(weight).reshape(-1)[:0].sum().to(**kind)
             return total
         terms = self._terms(weights, self._nuclear).to(kind["device"])
-        return (self._scaled_on(kind["device"]) * terms).sum().to(kind["dtype"])
+        scaled = self._scaled_on(kind["device"]).clone()  # what a backward pass needs is not to change with `scale`
+        return (scaled * terms).sum().to(kind["dtype"])
 
     @torch.no_grad()
     def accumulate_grad(self) -> Tensor:
@@ -164,11 +219,12 @@ class SmoothnessPenalty(nn.Module):
             ValueError: a ``.grad`` is an expanded tensor, of which several entries are one; nothing has been changed.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
-        current = [weight.current for weight in self._weights]
+        named = self._current()
+        current = list(named.values())
         if self._is_off:
             return torch.zeros((), **_kind(current))
         grads = [weight.grad for weight in current]
-        call = self._call_for(current, grads)
+        call = self._call_for(named, grads)
         if not call.active:
             return torch.zeros((), **call.kind)
         weights = [current[i] for i in call.active]
@@ -178,35 +234,43 @@ class SmoothnessPenalty(nn.Module):
             for i in call.without_grad:  # what has none afterwards is in no group
                 weights[i].grad = into[i] = torch.zeros_like(weights[i])
             own = scaled if len(scaled) == len(call.orders) else scaled[: len(call.orders)]
-            terms.append(accumulate_difference_penalty(weights, into, own, call.orders, **call.options))
+            try:
+                terms.append(accumulate_difference_penalty(weights, into, own, call.orders, **call.options))
+            except Exception:
+                for i in call.without_grad:
+                    weights[i].grad = None
+                raise
         if has_nuclear:
-            named = {self._weights[i].name: current[i] for i in call.active}
-            nuclear = self._nuclear.accumulate(named, dict(zip(named, _grads(weights), strict=True)), scaled[-1])
+            names = list(named)
+            active = {names[i]: current[i] for i in call.active}
+            nuclear = self._nuclear.accumulate(active, dict(zip(active, _grads(weights), strict=True)), scaled[-1])
             terms.append((scaled[-1] * nuclear).view(1))
         (whole, *others) = [term.to(**call.kind) for term in terms]
         # As few launches on a GPU as can be: one term is the penalty itself.
         return whole[0] if len(whole) == 1 and not others else torch.cat([whole, *others]).sum()
 
-    def _call_for(self, current: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> _Call:
+    def _call_for(self, named: Mapping[str, nn.Parameter], grads: Sequence[Tensor | None]) -> _Call:
         """`_prepare`, or what it said of the last call's tensors if these are like them: most calls of a training."""
         if torch.compiler.is_compiling() or in_transform():
-            return self._prepare(current)
-        signature, last = _signature(current, grads), self._last
+            return self._prepare(named)
+        signature, last = _signature(named.values(), grads), self._last
         if signature is not None:
             signature += (self.backend, self.dim, self.norm, self.normalized, *self.coefficients.values())
         if signature is None or last is None or last[0] != signature:
-            self._last = last = signature, self._prepare(current)
+            self._last = last = signature, self._prepare(named)
         return last[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # it names backends, which another process may not have
+        # Neither what names backends, which another process may not have, nor tensors of a device it may not have.
+        return {**self.__dict__, "_last": None, "_lambdas": {}, "_scaled": {}}
 
-    def _prepare(self, current: Sequence[nn.Parameter]) -> _Call:
+    def _prepare(self, named: Mapping[str, nn.Parameter]) -> _Call:
         """Find out how to add into these weights' gradients, and raise what can be raised by them, before anything is
         written. Nothing decides but what `_call_for` compares."""
+        names, current = list(named), list(named.values())
         orders, active = self._orders, [i for i, weight in enumerate(current) if weight.requires_grad]
         weights, groups, without_grad = [current[i] for i in active], [], []
-        _check_grads({self._weights[i].name: current[i] for i in active})
+        _check_grads({names[i]: current[i] for i in active})
         if orders:
             groups = choose_backends("difference_penalty", self.backend, weights, [weight.grad for weight in weights])
             # A weight too short for every order keeps even a missing .grad.
@@ -242,17 +306,31 @@ class SmoothnessPenalty(nn.Module):
     def _active(self) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
         """The penalised parameters that are not frozen, by name, and dtype and device of results, which freezing does
         not change."""
-        current = {weight.name: weight.current for weight in self._weights}
-        active = {name: weight for name, weight in current.items() if weight.requires_grad}
+        current = self._current()
+        # A plain tensor is not frozen: it stands in for a parameter (`torch.func.functional_call`).
+        active = {name: w for name, w in current.items() if w.requires_grad or not isinstance(w, nn.Parameter)}
         return active, _kind(list(current.values()))
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        """The weights by name; those that were tied since they were selected count once, under the first name."""
+        current = {weight.name: weight.current for weight in self._weights}
+        if len({*map(id, current.values())}) == len(current):
+            return current
+        first: dict[int, str] = {}
+        for name, weight in current.items():
+            first.setdefault(id(weight), name)
+        return {name: current[name] for name in first.values()}
 
     def _scaled_on(self, device: torch.device) -> Tensor:
         """``scale * λ`` of the terms whose coefficient is not 0, float64 where ``device`` has it."""
-        if device not in self._scaled:
-            values = [value for value in self.coefficients.values() if value]
+        values = [value for value in self.coefficients.values() if value]
+        if device not in self._scaled or self._values != values:
+            if self._values != values:  # of every device
+                self._values, self._lambdas, self._scaled = values, {}, {}
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._lambdas[device] = torch.tensor(values, dtype=dtype, device=device)
-            self._scaled[device] = self._lambdas[device] * self._scale
+            with torch.inference_mode(False):  # for every later call
+                self._lambdas[device] = torch.tensor(values, dtype=dtype, device=device)
+                self._scaled[device] = self._lambdas[device] * self._scale
         return self._scaled[device]
 
     def _terms(self, weights: Weights, nuclear: Callable[[Weights], Tensor]) -> Tensor:
@@ -261,7 +339,8 @@ class SmoothnessPenalty(nn.Module):
         if self._orders:
             terms.append(difference_terms(list(weights.values()), self._orders, **self._difference_options))
         if self.coefficients["nuclear"]:
-            terms.append(nuclear(weights).reshape(1))
+            term = nuclear(weights)
+            terms.append(term.reshape(1))
         return torch.cat(terms)
 
     @property
@@ -308,6 +387,8 @@ def _check_grads(weights: Mapping[str, nn.Parameter]) -> None:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
+    if not tensor.numel() or tensor.is_contiguous():
+        return False
     strides = tensor.stride()
     return 0 in strides and any(not stride and size > 1 for stride, size in zip(strides, tensor.shape, strict=True))
 

@@ -56,10 +56,14 @@ def _polar_factor(matrix: Tensor, method: str) -> tuple[Tensor, Tensor]:
     if method == "svd":
         return _polar_svd(matrix)
     wide = matrix.shape[0] <= matrix.shape[1]
-    if not wide:
-        matrix = matrix.mT.contiguous()
-    value, factor = _polar_mixed(matrix, largest) if method == "mixed" else _polar_gram(matrix)
-    return value, factor if wide else factor.mT
+    scaled = matrix if wide else matrix.mT.contiguous()
+    scale = 1.0
+    # A power of two changes no bit of the entries and brings their squares and 1 / σ in range.
+    if largest > 0 and not 1e-6 < largest < 1e6:
+        scale = 2.0 ** -max(math.frexp(largest)[1], -120)
+        scaled = scaled * scale
+    value, factor = _polar_mixed(scaled) if method == "mixed" else _polar_gram(scaled)
+    return matrix.new_tensor(value / scale), factor if wide else factor.mT
 
 
 def _threshold(matrix: Tensor) -> float:
@@ -73,27 +77,22 @@ def _polar_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return s.sum(), (u * resolved) @ vh
 
 
-def _polar_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _polar_gram(matrix: Tensor) -> tuple[float, Tensor]:
     """Eigenvectors of the Gram matrix; in float64, whose squared condition number float32 input never fills."""
     squares, q = torch.linalg.eigh(_gram(matrix.double()))
     s = squares.clamp_min(0).sqrt()
     threshold = max(_threshold(matrix), math.sqrt(_threshold(squares)))  # the second is of float64 input
     inverse = torch.where(s > threshold * s[-1:], 1 / s, 0)
     root = (q * inverse) @ q.mT
-    return s.sum().to(matrix.dtype), _product(root.to(matrix.dtype), matrix.mT)
+    if matrix.numel() <= _SMALL:  # exact also next to the threshold, where the entries of `root` are large
+        return s.sum().item(), (root @ matrix.double()).to(matrix.dtype)
+    return s.sum().item(), _product(root.to(matrix.dtype), matrix.mT)
 
 
-def _polar_mixed(matrix: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def _polar_mixed(matrix: Tensor) -> tuple[float, Tensor]:
     """`_polar_gram` of a float32 matrix, with as much of it in float32 as stays within the error of ``"auto"``."""
-    found, scale = None, 1.0
-    if matrix.numel() > _SMALL and largest > 0:
-        if not 1e-6 < largest < 1e6:  # a power of two changes no bit of the entries and brings their squares in range
-            scale = 2.0 ** -max(math.frexp(largest)[1], -120)
-        found = _deflate(matrix if scale == 1 else matrix * scale)
-    if found is None:
-        return _polar_gram(matrix)
-    value, factor = found
-    return matrix.new_tensor(value / scale), factor
+    found = _deflate(matrix) if matrix.numel() > _SMALL and matrix.any() else None
+    return _polar_gram(matrix) if found is None else found
 
 
 def _deflate(w: Tensor) -> tuple[float, Tensor] | None:

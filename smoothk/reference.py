@@ -107,6 +107,21 @@ def nuclear_norm(
     return values.sum()
 
 
+def nuclear_norm_by_svd(weights: Sequence[Tensor], *, unfolding: str) -> Tensor:
+    """The same by `torch.linalg.svdvals`, over singular values above rounding: for transforms and forward mode, which
+    the operator does not know."""
+    terms = []
+    for weight in weights:
+        if not weight.numel():
+            terms.append(weight.sum().to(compute_dtype(weight.dtype)))
+            continue
+        matrix = unfold(weight, unfolding)[0].to(compute_dtype(weight.dtype))
+        s = torch.linalg.svdvals(matrix)
+        resolved = s > max(matrix.shape) * torch.finfo(s.dtype).eps * s[:1]
+        terms.append(torch.where(resolved, s, 0).sum())
+    return total_of(terms)
+
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 

@@ -12,9 +12,13 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Select = Callable[[str, nn.Module, nn.Parameter], bool]
 
 
+def _is_lazy(parameter: object) -> bool:
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
 def conv_and_linear_weights(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
     """Default of ``select``: the weight of a convolution or linear layer, depthwise convolutions left out."""
-    if not name.endswith("weight") or parameter.dim() < 2:
+    if not name.endswith("weight") or (not _is_lazy(parameter) and parameter.dim() < 2):
         return False
     if isinstance(module, _CONVS):
         return module.groups == 1 or module.groups < module.in_channels
@@ -25,8 +29,9 @@ class SelectedWeight(NamedTuple):
     """A parameter by its place in a module, because wrappers (`fully_shard`, `to_empty`) put another one there."""
 
     name: str
-    parameter: nn.Parameter  # as it was when it was selected
-    module: nn.Module | None  # None: selected by itself
+    axes: int
+    parameter: nn.Parameter | None  # where it was selected by itself
+    module: nn.Module | None = None
     attribute: str = ""
 
     @property
@@ -38,6 +43,7 @@ class SelectedWeight(NamedTuple):
                 with another number of axes (flattened, as by FullyShardedDataParallel).
         """
         if self.module is None:
+            assert self.parameter is not None
             return self.parameter
         parameter = self.module._parameters.get(self.attribute)
         if parameter is None:
@@ -45,18 +51,23 @@ class SelectedWeight(NamedTuple):
                 f"weight {self.name} must still be a parameter of its {type(self.module).__name__}, but it was removed "
                 "or parametrized; build the penalty again"
             )
-        if parameter.dim() != self.parameter.dim():
+        if parameter.dim() != self.axes:
             raise RuntimeError(
-                f"weight {self.name} must keep its {self.parameter.dim()} axes, got shape {tuple(parameter.shape)}; "
+                f"weight {self.name} must keep its {self.axes} axes, got shape {tuple(parameter.shape)}; "
                 "FullyShardedDataParallel flattens weights, fully_shard (FSDP2) does not"
             )
         return parameter
 
 
-def _parameters(model: nn.Module) -> Iterator[SelectedWeight]:
+_Candidate = tuple[str, nn.Parameter, nn.Module | None, str]  # name, parameter, module, attribute
+
+
+def _parameters(model: nn.Module, select: Select) -> Iterator[_Candidate]:
     for prefix, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            yield SelectedWeight(f"{prefix}.{attribute}" if prefix else attribute, parameter, module, attribute)
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if select(name, module, parameter):
+                yield name, parameter, module, attribute
 
 
 def select_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | None) -> list[SelectedWeight]:
@@ -64,6 +75,7 @@ def select_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | N
 
     Raises:
         TypeError: arguments of another type, or a parameter that is not real floating-point.
+        ValueError: a parameter of a lazy layer that has not run.
     """
     if select is not None and not callable(select):
         raise TypeError(f"select must be callable, got {type(select).__name__}")
@@ -72,18 +84,19 @@ def select_weights(model: nn.Module | Iterable[nn.Parameter], select: Select | N
     if not isinstance(model, Iterable | nn.Module):
         raise TypeError(f"model must be a module or an iterable of parameters, got {type(model).__name__}")
     if isinstance(model, nn.Module):
-        select = select or conv_and_linear_weights
-        candidates = [w for w in _parameters(model) if w.module is not None and select(w.name, w.module, w.parameter)]
+        candidates = list(_parameters(model, select or conv_and_linear_weights))
     else:
         if select is not None:
             raise TypeError("select needs a module to walk through, got an iterable of parameters")
-        candidates = [SelectedWeight(str(i), parameter, None) for i, parameter in enumerate(model)]
+        candidates = [(str(i), parameter, None, "") for i, parameter in enumerate(model)]
     weights: dict[int, SelectedWeight] = {}
-    for weight in candidates:
-        parameter = weight.parameter
+    for name, parameter, module, attribute in candidates:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"model must be a module or an iterable of parameters, got an item of {type(parameter)}")
+        if _is_lazy(parameter):
+            raise ValueError(f"weight {name} must have a shape, got a lazy layer's; run the model once before")
         if not parameter.is_floating_point():
-            raise TypeError(f"weight {weight.name} must have a real floating-point dtype, got {parameter.dtype}")
-        weights.setdefault(id(parameter), weight)
+            raise TypeError(f"weight {name} must have a real floating-point dtype, got {parameter.dtype}")
+        alone = parameter if module is None else None  # a module may replace its own, and nothing keeps the old one
+        weights.setdefault(id(parameter), SelectedWeight(name, parameter.dim(), alone, module, attribute))
     return list(weights.values())
