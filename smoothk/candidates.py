@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .layers import Conv, _LowRank
+from .layers import Conv, _LowRank, has_own_forward
 from .transposed import as_linear, transposed_linear_types
 
 _DENSE_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -64,9 +64,7 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
         return "not initialised (lazy)"
     if vars(module).keys() & {"forward", "_conv_forward"}:
         return "its forward is patched"
-    if type(module).forward is not kind.forward or (
-        isinstance(module, _ConvNd) and type(module)._conv_forward is not getattr(kind, "_conv_forward", None)
-    ):
+    if has_own_forward(module, kind):
         return f"{type(module).__name__} has a forward of its own"
     weight = module._parameters.get("weight")
     if weight is None:
@@ -75,6 +73,9 @@ def _obstacle(module: nn.Module, uses: Counter[int]) -> str | None:
         return "it has hooks, which a new layer would lose"
     if uses[id(weight)] > 1:
         return "its weight is tied to another module's"
+    bias = module._parameters.get("bias")
+    if bias is not None and uses[id(bias)] > 1:
+        return "its bias is tied to another module's"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .compress import deep_copy, empty_low_rank_layer, planned_layers, replace_layers
 from .layers import _LowRank
@@ -44,7 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write or replace.
 
     Raises:
-        TypeError: ``model`` is not a module or its state dict holds something other than tensors.
+        TypeError: ``model`` is not a module, or its state dict holds something other than the dense tensors of
+            parameters, buffers and extra states.
         ValueError: a tensor is on the meta device.
         OSError: the file cannot be written; an existing one is intact.
     """
@@ -145,11 +147,17 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
+    places = _places(model)
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model's state dict must hold tensors only, got {type(value).__name__} for {name!r}")
         if value.is_meta:
             raise ValueError(f"model must hold values, but {name!r} is on the meta device")
+        if value.layout is not torch.strided or value.dtype == torch.complex128:
+            kind = f"{value.layout} tensor of {value.dtype}"
+            raise TypeError(f"model's state dict must hold what safetensors can, got a {kind} for {name!r}")
+        if name not in places:
+            raise TypeError(f"model's state dict must hold parameters, buffers and extra states, got {name!r}")
         if id(value) in first:
             tied[name] = first[id(value)]
         else:
@@ -157,6 +165,15 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             # A copy of its own: safetensors refuses tensors that share memory.
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     return tensors, tied
+
+
+def _places(model: nn.Module) -> set[str]:
+    """The names in a state dict that `_assign` can give a value to."""
+    places = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        keys = [*module._parameters, *module._buffers, _EXTRA_STATE_KEY_SUFFIX]
+        places |= {f"{prefix}.{key}" if prefix else key for key in keys}
+    return places
 
 
 def _plan_of(model: nn.Module) -> RankPlan:
@@ -243,6 +260,9 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
+    unknown = sorted(wanted.keys() - _places(model))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is neither a parameter nor a buffer nor an extra state of the model")
     in_file: dict[int, int] = {}
     in_model: dict[int, int] = {}
     for name, value in wanted.items():
@@ -257,6 +277,9 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name!r} is not in the file and has no value on the meta device")
     new: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
+        extra = f"{prefix}.{_EXTRA_STATE_KEY_SUFFIX}" if prefix else _EXTRA_STATE_KEY_SUFFIX
+        if extra in tensors:
+            module.set_extra_state(tensors[extra])
         for slots in (module._parameters, module._buffers):
             for key, old in slots.items():
                 name = f"{prefix}.{key}" if prefix else key

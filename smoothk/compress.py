@@ -97,15 +97,33 @@ def empty_low_rank_layer(layer: Conv | nn.Linear, plan: LayerPlan) -> _LowRank:
 
 
 def replace_layers(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Put ``replacements`` in ``model``, in place, wherever the named modules occur; returns the model."""
+    """Put ``replacements`` in ``model``, in place, wherever the named modules occur, also in lists, tuples and dicts
+    that are attributes of a module; returns the model."""
     old = {id(model.get_submodule(name)): new for name, new in replacements.items()}
     if id(model) in old:
         return old[id(model)]
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in old:
-                parent._modules[name] = old[id(child)]
+        for attribute, value in list(vars(parent).items()):  # `_modules` is one of them
+            vars(parent)[attribute] = _with_replacements(value, old, set())
     return model
+
+
+def _with_replacements(value: Any, old: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """``value`` with other modules in place of those of ``old``; lists and dicts are written to."""
+    if isinstance(value, nn.Module):
+        return old.get(id(value), value)
+    if id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, list | dict):
+        for key, each in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            new = _with_replacements(each, old, seen)
+            if new is not each:
+                value[key] = new
+    elif type(value) is tuple:
+        items = tuple(_with_replacements(each, old, seen) for each in value)
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
 
 
 def compress(
@@ -172,6 +190,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of input batches, got {type(batches).__name__}")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [norm for norm in norms if norm.track_running_stats]  # which may be set to False later, to freeze them
     if not norms:
         return model
     modes = {module: module.training for module in model.modules()}

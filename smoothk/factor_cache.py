@@ -36,6 +36,12 @@ def keep(v: Tensor, kind: Hashable, value: Any) -> None:
         _values.setdefault(v, {})[kind] = value
 
 
+def forget(v: Tensor) -> None:
+    """Drop what was kept for ``v``, and with it the weak references that `torch.utils.swap_tensors` refuses."""
+    with _lock:
+        _values.pop(v, None)
+
+
 def cached(kind: Hashable, v: Tensor, u: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     """``compute()``, or what it gave when it was last called for this ``kind`` and these factors as they are now."""
     if v.is_inference() or u.is_inference():  # torch does not count the writes to these

@@ -150,7 +150,7 @@ def _score(output: Tensor, generator: torch.Generator, logits: bool) -> Tensor:
     its root mean square as deviation."""
     output = output.detach()
     if not logits:
-        noise = torch.randn(output.shape, generator=generator).to(output)
+        noise = torch.randn(output.shape, generator=generator, device="cpu").to(output)
         return noise / output.square().mean().sqrt().clamp_min(torch.finfo(output.dtype).tiny)
     probabilities = output.float().softmax(1)
     if not torch.isfinite(probabilities).all():

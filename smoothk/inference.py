@@ -98,6 +98,8 @@ def _optimize(model: nn.Module) -> nn.Module:
         return model
     tracer = _Tracer()
     try:
+        if _has_hooks(model) or "forward" in vars(model):
+            raise TypeError("torch.fx reads the forward of the class, and no hooks of the module that it traces")
         if any(p.default is None for p in inspect.signature(model.forward).parameters.values()):
             raise TypeError("torch.fx takes an argument for a tensor where the default is None")
         graph = tracer.trace(model)
@@ -125,7 +127,7 @@ def _fold_batch_norms(traced: fx.GraphModule, modules: dict[str, nn.Module], cal
             continue
         if not isinstance(norm, _BatchNorm) or type(norm) not in _NORMS or norm.running_mean is None:
             continue
-        if before.target in read or _has_hooks(layer) or _has_hooks(norm):
+        if before.target in read or _has_hooks(layer) or _has_hooks(norm) or not _has_one_argument(before):
             continue
         folded = _folded(layer, norm) if calls[id(layer)] == calls[id(norm)] == 1 else None
         if folded is None:
@@ -141,11 +143,12 @@ def _fold_batch_norms(traced: fx.GraphModule, modules: dict[str, nn.Module], cal
 def _folded(layer: nn.Module, norm: _BatchNorm) -> nn.Module | None:
     """A copy of ``layer`` followed by ``norm`` as one layer; None where that is not known how."""
     kind, linear = type(layer), type(norm) is nn.BatchNorm1d and getattr(layer, "out_features", 0) == norm.num_features
-    if isinstance(layer, _LowRank) and (kind in _LOW_RANK_CONVS or (kind is LowRankLinear and linear)):
+    conv = getattr(layer, "out_channels", 0) == norm.num_features  # not where images without a batch are one
+    if isinstance(layer, _LowRank) and ((kind in _LOW_RANK_CONVS and conv) or (kind is LowRankLinear and linear)):
         return _folded_low_rank(copy.deepcopy(layer), norm)  # a part that is not traced may use it, too
     if type(layer) is nn.Linear and linear:
         return fuse_linear_bn_eval(layer, norm)
-    return fuse_conv_bn_eval(layer, norm) if isinstance(layer, _CONVS) and kind in _CONVS else None
+    return fuse_conv_bn_eval(layer, norm) if isinstance(layer, _CONVS) and kind in _CONVS and conv else None
 
 
 def _folded_low_rank(layer: _LowRank, norm: _BatchNorm) -> _LowRank:
@@ -209,7 +212,7 @@ def _can_finish(
     kinds = _LOW_RANK_CONVS if addition is not None else (*_LOW_RANK_CONVS, LowRankLinear)
     if layer is None or type(layer) not in kinds or _has_hooks(layer):
         return False
-    if len(call.users) > 1 or _only_input(call) is None:
+    if len(call.users) > 1 or not _has_one_argument(call):
         return False
     between = call.next
     while between is not relu:
@@ -217,6 +220,11 @@ def _can_finish(
             return False
         between = between.next
     return True
+
+
+def _has_one_argument(call: fx.Node) -> bool:
+    """Whether the input is all that is passed: a low-rank layer also takes a residual and a ReLU."""
+    return len(call.args) + len(call.kwargs) == len(call.all_input_nodes) == 1
 
 
 def _has_hooks(module: nn.Module) -> bool:

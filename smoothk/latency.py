@@ -123,7 +123,7 @@ def _random_tensor(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool = False
 ) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
-    x = torch.randn(shape, generator=generator).to(device, dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 

@@ -13,19 +13,36 @@ from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from .factor_cache import forget
 from .low_rank_conv import check_method, low_rank_conv, low_rank_linear
 from .reference import merged_weight
 from .svd import check_rank, choose_rank, truncated_factors
 from .unfolding import check_unfolding
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+fx.wrap("low_rank_conv")  # calls that torch.fx records and does not look into
+fx.wrap("low_rank_linear")
 
 
 class _Placement(TypedDict):
     device: torch.device | str | None
     dtype: torch.dtype | None
+
+
+def has_own_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``layer``, of a subclass of torch's ``kind``, may compute something else."""
+    names = ("forward", "_conv_forward", "__call__")
+    return any(
+        name in vars(layer) or getattr(type(layer), name, None) is not getattr(kind, name, None) for name in names
+    )
+
+
+def _check_forward(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
+    if has_own_forward(layer, kind):
+        own = f"{type(layer).__name__} with a forward of its own"
+        raise TypeError(f"{name} must compute what torch.nn.{kind.__name__} does, got a {own}")
 
 
 def _check_finite(weight: Tensor) -> None:
@@ -69,6 +86,14 @@ class _LowRank(nn.Module):
     def method(self, method: str) -> None:
         self._method = check_method(method)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        forget(self.v)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        forget(self.v)
+        super()._load_from_state_dict(*args, **options)
+
     def _adopt(self, dense: Conv | nn.Linear, v: Tensor, u: Tensor) -> None:
         """Take the factors of ``dense``'s weight and its bias, mode and flags; no tensor is shared with it."""
         with torch.no_grad():
@@ -109,7 +134,9 @@ class _LowRank(nn.Module):
             v.weight.copy_(self.v)
             u.weight.copy_(self.u)
             if self.bias is not None:
-                _present(u.bias).copy_(self.bias)
+                _present(u.bias).copy_(self.bias).requires_grad_(self.bias.requires_grad)
+        v.weight.requires_grad_(self.v.requires_grad)
+        u.weight.requires_grad_(self.u.requires_grad)
         return nn.Sequential(v, u).train(self.training)
 
 
@@ -209,6 +236,7 @@ class _LowRankConvNd(_LowRank):
         if not isinstance(conv, dense) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"conv must be an initialised torch.nn.{dense.__name__}, got {type(conv).__name__}")
         check_unfolding(scheme, "scheme")
+        _check_forward("conv", conv, dense)
         _check_finite(conv.weight)
         rank = choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
         layer = cls._like(conv, rank, scheme)
@@ -219,7 +247,7 @@ class _LowRankConvNd(_LowRank):
     @classmethod
     def _like(cls, conv: Conv, rank: int, scheme: str) -> _LowRankConvNd:
         """A layer of the geometry, dtype and device of ``conv``, its values not set."""
-        return torch.nn.utils.skip_init(
+        layer = torch.nn.utils.skip_init(
             cls,
             conv.in_channels,
             conv.out_channels,
@@ -235,6 +263,8 @@ class _LowRankConvNd(_LowRank):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
+        layer._pad = list(conv._reversed_padding_repeated_twice)  # which may be another than ``padding`` says
+        return layer
 
     def to_conv(self) -> Conv:
         """The dense layer with the product of the factors as its weight."""
@@ -252,6 +282,7 @@ class _LowRankConvNd(_LowRank):
             device=self.v.device,
             dtype=self.v.dtype,
         )
+        conv._reversed_padding_repeated_twice = list(self._pad)
         self._give(conv)
         return conv
 
@@ -427,6 +458,7 @@ class LowRankLinear(_LowRank):
         """Factorise a linear layer by truncated SVD; arguments, result and errors as in `LowRankConv2d.from_conv`."""
         if not isinstance(linear, nn.Linear) or isinstance(linear, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"linear must be an initialised torch.nn.Linear, got {type(linear).__name__}")
+        _check_forward("linear", linear, nn.Linear)
         _check_finite(linear.weight)
         rank = choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         layer = cls._like(linear, rank, "channel")

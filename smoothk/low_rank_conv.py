@@ -24,6 +24,7 @@ from .repeated_call import RepeatedCall
 
 METHODS = ("auto", "fused", "pair", "merged")
 _OP = "low_rank_conv"
+_KEPT = (int, tuple, str)
 
 
 def check_method(method: object) -> str:
@@ -51,6 +52,8 @@ def low_rank_conv(
     """`low_rank_conv2d` in ``axes`` dimensions, then ``residual`` added, then ReLU."""
     options = stride, padding, dilation, groups
     repeatable = axes == 2 and backend is None and isinstance(v, Tensor) and not torch.compiler.is_compiling()
+    # A list could be written to between two calls.
+    repeatable = repeatable and type(stride) in _KEPT and type(padding) in _KEPT and type(dilation) in _KEPT
     call = kept(v, RepeatedCall) if repeatable else None
     if call is not None and call.fits(input, v, u, bias, method, options, residual):
         return call(input, v, residual, relu)
@@ -153,7 +156,8 @@ def _run(
     differentiable: bool,
 ) -> Tensor:
     compiling = torch.compiler.is_compiling()
-    if method == "pair" or (method == "merged" and (differentiable or compiling or not _is_plain(v))):
+    traced = compiling or torch.jit.is_tracing()  # a merged weight that was kept would be a constant
+    if method == "pair" or (method == "merged" and (differentiable or traced or not _is_plain(v))):
         return finish(_by_library(input, v, u, bias, geometry, method), residual, relu)
     dtype = _autocast_dtype(input)
     if residual is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +36,14 @@ class LayerCalls:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """``model`` on a tensor, or on the tuple or dict of its arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+    """``model`` on a tensor, or on the tuple or dict of its arguments; as it is written, also if it is compiled."""
+    compiled = "torch._dynamo.eval_frame" in sys.modules  # which hooks that raise, or write to a list, are not for
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        return model(batch)
 
 
 def watch(

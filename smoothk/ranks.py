@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .allocation import METHODS, Choice, allocate
 from .calibration import check_calibration
@@ -258,6 +259,9 @@ def _check_on_hardware(model: nn.Module) -> None:
 
 
 def _count_parameters(model: nn.Module) -> int:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name} of the model must have a shape, got a lazy layer's; run the model once before")
     return sum(p.numel() for p in model.parameters())
 
 

@@ -93,8 +93,9 @@ def refit_factors(
 
     In place; no gradient and no label. Each layer takes a pass of both models over ``batches`` as far as that layer,
     batch norm of ``small`` normalising by each batch; recalibrate it afterwards. A layer whose error on ``batches``
-    would not fall keeps what it has. So does a linear layer whose inputs the two models do not choose alike (proposals,
-    random numbers), that shares a parameter with another module, or that cannot be factorised for another reason.
+    would not fall keeps what it has. So does a layer that does not get as many inputs in both models (experts, early
+    exits), and a linear layer whose inputs the two models do not choose alike (proposals, random numbers), that shares
+    a parameter with another module, or that cannot be factorised for another reason.
 
     Args:
         model: the dense model; not changed.
@@ -248,16 +249,14 @@ def _collect(
 
     def meet(name: str) -> Callable:
         def hook(module: Fitted, args: tuple, kwargs: dict[str, Any]) -> None:
-            x, y = patches(module, args[0] if args else kwargs["input"]), outputs[name].pop(0)
+            x = patches(module, args[0] if args else kwargs["input"])
+            y = outputs[name].pop(0) if outputs[name] else x[..., :0]
             if x.shape[-1] == y.shape[-1]:
                 size = max(_FINE // max(x.shape[0] * x.shape[1], 1), 1)
                 for part, wanted in zip(x.split(size, -1), y.split(size, -1), strict=True):
                     found[name].add(part, wanted)
-            elif isinstance(module, nn.Linear):
-                found[name].paired = False
             else:
-                got = f"got {y.shape[-1]} and {x.shape[-1]} samples"
-                raise ValueError(f"layer {name!r} must get as many inputs in both models, {got}")
+                found[name].paired = False
             count()
 
         return hook

@@ -69,7 +69,7 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Indices along each axis of up to `POSITIONS` positions, always the same; none for no axes."""
     if not sizes:
         return ()
-    chosen = torch.randperm(math.prod(sizes), generator=torch.Generator().manual_seed(0))[:POSITIONS]
+    chosen = torch.randperm(math.prod(sizes), generator=torch.Generator().manual_seed(0), device="cpu")[:POSITIONS]
     return torch.unravel_index(chosen, tuple(sizes))
 
 
@@ -111,7 +111,7 @@ def fit(
     batch norm follows (``normalised``). ``importance`` says which errors of the outputs count more, as in
     `smoothk.refit.refit_factors`.
     """
-    if not moments.paired:
+    if not moments.paired or not moments.count:
         return
     x, y = moments.x / moments.count, moments.y / moments.count
     gram, cross = moments.xx / moments.count, moments.yx / moments.count
