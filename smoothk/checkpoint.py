@@ -24,6 +24,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from .compress import deep_copy, empty_low_rank_layer, planned_layers, replace_layers
 from .layers import _LowRank
 from .low_rank_conv import check_method
+from .modes import outside_inference_mode
 from .rank_plan import LayerPlan, RankPlan
 
 FORMAT_VERSION = 1
@@ -62,6 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     atomic_write(path, safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)}))
 
 
+@outside_inference_mode
 def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Read a file written by `save` into a new model.
 

@@ -15,7 +15,8 @@ from .candidates import find_candidates
 from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
-from .outputs import first_batches
+from .modes import outside_inference_mode
+from .outputs import all_tensors, first_batches
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -31,6 +32,7 @@ class CompressionResult:
     report: Table
 
 
+@outside_inference_mode
 def factorize(model: nn.Module, plan: RankPlan) -> nn.Module:
     """A copy of ``model`` in which the planned layers are replaced by low-rank ones, by truncated SVD.
 
@@ -52,10 +54,9 @@ def deep_copy(model: nn.Module) -> nn.Module:
     """A copy that shares no tensor with ``model``.
 
     Pruning and the older weight norm keep a computed weight, which `copy.deepcopy` refuses; their hooks compute it
-    anew.
+    anew. Some models keep what they computed last, by itself or in lists.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    computed = [value for module in model.modules() for value in all_tensors(vars(module)) if not value.is_leaf]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
@@ -126,6 +127,7 @@ def _with_replacements(value: Any, old: Mapping[int, nn.Module], seen: set[int])
     return value
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module,
     keep: float = 0.3,

@@ -27,7 +27,11 @@ def register(namespace: str) -> None:
     def penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needed = [weight for weight, needs in zip(ctx.saved_tensors, ctx.needs_input_grad[0], strict=True) if needs]
         op = getattr(torch.ops, namespace).difference_penalty_backward
-        grads = iter(op(grad, needed, *ctx.options))
+
+        def gradients(grad: Tensor) -> list[Tensor]:
+            return op(grad, needed, *ctx.options)
+
+        grads = iter(_of_a_batch(gradients, grad) if _is_batch(grad) else gradients(grad))
         return [next(grads) if needs else None for needs in ctx.needs_input_grad[0]], *(None for _ in ctx.options)
 
     register_fake(penalty, _fake_penalty)
@@ -35,6 +39,19 @@ def register(namespace: str) -> None:
     register_fake(f"{penalty}_accumulate_", _fake_accumulate)
     register_autograd(penalty, penalty_backward, setup_context=_save_penalty)
     register_autograd(backward, _backward_backward, setup_context=_save_backward)
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether this stands for many, under `torch.func.vmap` or, as of another kind, with ``is_grads_batched=True``."""
+    kinds = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return not torch.compiler.is_compiling() and any(is_kind(grad) for is_kind in kinds)
+
+
+def _of_a_batch(gradients: Callable[[Tensor], list[Tensor]], grad: Tensor) -> list[Tensor]:
+    """``gradients(grad)``, which is linear, from those of every order alone."""
+    units = torch.eye(len(grad), dtype=grad.dtype, device=grad.device)
+    parts = [[factor * part for part in gradients(unit)] for factor, unit in zip(grad, units, strict=True)]
+    return [reference.total_of(terms) for terms in zip(*parts, strict=True)]
 
 
 def register_low_rank_conv() -> None:

@@ -22,6 +22,7 @@ from .importance import direction_importance
 from .latency import LayerTimes, measure_layers, measure_model
 from .layers import Conv
 from .macs import LayerCalls, count_calls
+from .modes import outside_inference_mode
 from .outputs import first_batches
 from .rank_plan import LayerPlan, RankPlan
 from .svd import full_rank, parameters_per_rank, squared_singular_values
@@ -30,6 +31,7 @@ SCHEMES = ("channel", "spatial", "auto")
 COSTS = ("params", "macs", "latency")
 
 
+@outside_inference_mode
 def plan_ranks(
     model: nn.Module,
     keep: float = 0.3,

@@ -153,11 +153,12 @@ def refit_factors(
 def _excluded(small: nn.Module, exclude: Collection[str]) -> set[str]:
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a collection of names, got {exclude!r}")
-    names = set(exclude)
-    unknown = sorted(names - dict(small.named_modules()).keys())
+    modules = dict(small.named_modules(remove_duplicate=False))
+    unknown = sorted(set(exclude) - modules.keys())
     if unknown:
         raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
-    return names
+    named = [modules[name] for name in exclude]  # any of several names of a module
+    return {name for name, module in modules.items() if module in named}
 
 
 def _checked(importance: Mapping[str, Tensor], layers: Mapping[str, _LowRank]) -> dict[str, Tensor]:

@@ -114,6 +114,55 @@ def test_a_norm_frozen_by_its_flag_keeps_its_statistics() -> None:
     assert torch.equal(model[0].running_mean, before)
 
 
+def test_a_model_is_compressed_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 10))
+    x = torch.randn(16, 3, 8, 8)
+    with torch.inference_mode():
+        small, calibrated = compress(model, 0.5).model, compress(model, 0.5, calibration=[x]).model
+    for network in (small, calibrated):
+        network(x).sum().backward()
+    with torch.no_grad():
+        assert not compress(model, 0.5).model(x).requires_grad
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.features = [y, {"again": y}]
+        return y
+
+
+def test_models_that_keep_activations_are_copied() -> None:
+    model = nn.Sequential(Remembering(), nn.Linear(32, 8))
+    model(torch.randn(2, 32))
+    small = compress(model, 0.5).model
+    kept = small[0].features
+    assert torch.equal(kept[0], model[0].features[0]) and kept[0] is kept[1]["again"] and kept[0].is_leaf
+
+
+def test_any_name_of_a_module_excludes_it_from_the_refit() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(x).relu())
+
+    model, batches = Twice(), [torch.randn(64, 32)]
+    small = factorize(model, plan_ranks(model, 0.5))
+    before = small.a.v.clone()
+    smoothk.refit.refit_factors(model, small, batches, exclude=["b"])
+    assert torch.equal(small.a.v, before)
+
+
 class Tempered(nn.Module):
     """A linear layer and a temperature, which is neither a parameter nor a buffer."""
 

@@ -114,6 +114,22 @@ def test_transforms_of_the_nuclear_norm(unfolding: str) -> None:
         torch.tensor([1.0, 3.0], dtype=torch.float64)))  # fmt: skip
 
 
+@torch_deprecations
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_batches_of_gradients(backend: str | None) -> None:
+    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+
+    def penalty(weight: Tensor) -> Tensor:
+        return smoothk.difference_penalty(weight, 2, backend=backend)
+
+    value = penalty(weight)
+    (gradient,) = torch.autograd.grad(value, weight, retain_graph=True)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    (many,) = torch.autograd.grad(value, weight, factors, is_grads_batched=True)
+    torch.testing.assert_close(many, factors.view(3, 1, 1) * gradient)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(penalty, weight, vectorize=True), gradient)
+
+
 def test_every_option_set_between_calls_is_that_of_the_next() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, (3, 2)))
     penalty, options = SmoothnessPenalty(model, **TERMS), {}

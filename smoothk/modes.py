@@ -1,0 +1,25 @@
+"""Modes of torch that a call should not run in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, run as outside of `torch.inference_mode`, whose tensors could not be trained afterwards."""
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():  # leaving it would turn gradients on
+            return function(*args, **options)
+        with torch.inference_mode(False):
+            return function(*args, **options)
+
+    return call
