@@ -13,7 +13,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .layers import Conv, _LowRank, has_own_forward
+from .dense_layers import has_own_forward
+from .layers import Conv, _LowRank
 from .transposed import as_linear, transposed_linear_types
 
 _DENSE_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .dense_layers import check_finite, check_forward
 from .factor_cache import forget
 from .low_rank_conv import check_method, low_rank_conv, low_rank_linear
 from .reference import merged_weight
@@ -29,27 +30,6 @@ fx.wrap("low_rank_linear")
 class _Placement(TypedDict):
     device: torch.device | str | None
     dtype: torch.dtype | None
-
-
-def has_own_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``layer``, of a subclass of torch's ``kind``, may compute something else."""
-    names = ("forward", "_conv_forward", "__call__")
-    return any(
-        name in vars(layer) or getattr(type(layer), name, None) is not getattr(kind, name, None) for name in names
-    )
-
-
-def _check_forward(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
-    if has_own_forward(layer, kind):
-        own = f"{type(layer).__name__} with a forward of its own"
-        raise TypeError(f"{name} must compute what torch.nn.{kind.__name__} does, got a {own}")
-
-
-def _check_finite(weight: Tensor) -> None:
-    if weight.is_meta:
-        raise ValueError("weight must hold values, got a tensor on the meta device")
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight must be finite, got NaN or Inf")
 
 
 class _LowRank(nn.Module):
@@ -236,8 +216,8 @@ class _LowRankConvNd(_LowRank):
         if not isinstance(conv, dense) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"conv must be an initialised torch.nn.{dense.__name__}, got {type(conv).__name__}")
         check_unfolding(scheme, "scheme")
-        _check_forward("conv", conv, dense)
-        _check_finite(conv.weight)
+        check_forward("conv", conv, dense)
+        check_finite(conv.weight)
         rank = choose_rank(conv.weight, rank, energy, keep, conv.groups, scheme)
         layer = cls._like(conv, rank, scheme)
         u, v = truncated_factors(conv.weight, rank, conv.groups, scheme)
@@ -458,8 +438,8 @@ class LowRankLinear(_LowRank):
         """Factorise a linear layer by truncated SVD; arguments, result and errors as in `LowRankConv2d.from_conv`."""
         if not isinstance(linear, nn.Linear) or isinstance(linear, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"linear must be an initialised torch.nn.Linear, got {type(linear).__name__}")
-        _check_forward("linear", linear, nn.Linear)
-        _check_finite(linear.weight)
+        check_forward("linear", linear, nn.Linear)
+        check_finite(linear.weight)
         rank = choose_rank(linear.weight, rank, energy, keep, 1, "channel")
         layer = cls._like(linear, rank, "channel")
         u, v = truncated_factors(linear.weight, rank)
