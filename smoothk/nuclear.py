@@ -14,6 +14,7 @@ from .functional import check_nuclear_options, is_dtensor, local_part, nuclear_n
 from .reference import compute_dtype, total_of
 
 Weights = Mapping[str, Tensor]
+_GRAPHS = 8  # torch.compile makes one for every count of uses, and by default no more than this of a function
 
 
 class NuclearTerm:
@@ -93,9 +94,11 @@ class NuclearTerm:
 
     def _polar_factors(self, weights: Weights) -> Weights:
         """Those of a call before, as long as they are of these weights and young enough; none where none are shared."""
-        return {} if self.every == 1 or in_transform() else self._shared_factors(weights)
+        if self.every == 1 or in_transform():
+            return {}
+        shared = self._shared_factors if self.every < _GRAPHS else self._shared_factors_in_eager
+        return shared(weights)
 
-    @_disable_dynamo  # which would compile a graph for every count of uses
     def _shared_factors(self, weights: Weights) -> Weights:
         fits = self._factors.keys() == weights.keys() and all(
             _fits(self._factors[name], weight) for name, weight in weights.items()
@@ -109,6 +112,8 @@ class NuclearTerm:
         self._uses += 1
         return self._factors
 
+    _shared_factors_in_eager = _disable_dynamo(_shared_factors)
+
     def change(self, **options: Any) -> None:
         """Set one of `options`; factors that were computed by the old ones are gone."""
         self.options |= options
@@ -116,8 +121,8 @@ class NuclearTerm:
 
 
 def _are_finite(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether all these norms are; those on a GPU count as such, for which it would have to be waited."""
-    return all(value.isfinite().item() for value, _ in pairs if value.is_cpu)
+    """Whether all these norms are; they count as such where that would be waiting for a GPU or break a graph."""
+    return torch.compiler.is_compiling() or all(value.isfinite().item() for value, _ in pairs if value.is_cpu)
 
 
 def _fits(factor: Tensor, weight: Tensor) -> bool:

@@ -72,8 +72,8 @@ class SmoothnessPenalty(nn.Module):
         method: of `smoothk.nuclear_norm`.
         every: calls that share the polar factors of the nuclear norm. From the second to the last of them the term is
             ``<W, X>`` with gradient X, X being the factors of the first: a lower bound, and no decomposition. It keeps
-            one copy of the weights in memory, a step that is compiled has a graph break there, and what
-            `torch.utils.checkpoint` computes again counts as a call.
+            one copy of the weights in memory. A step that is compiled has as many graphs, or from 8 on a graph break
+            there. What `torch.utils.checkpoint` computes again counts as a call.
 
     Raises:
         ValueError: a negative or non-finite coefficient, an unknown option, or nothing to penalise.

@@ -192,6 +192,16 @@ def test_shared_factors_compile_few_graphs() -> None:
     assert 0 < graphs.frame_count < 16  # more than the limit of recompilations is not compiled at all
 
 
+def test_shared_factors_of_a_few_calls_compile_without_a_break() -> None:
+    model = square()
+    penalty, plain = (SmoothnessPenalty(model, **TERMS, every=3) for _ in range(2))
+    compiled = torch.compile(penalty.forward, backend="eager", fullgraph=True)
+    for _ in range(8):
+        torch.testing.assert_close(compiled(), plain())
+        with torch.no_grad():
+            model[0].weight.mul_(0.9)
+
+
 def test_autograd_knows_that_a_gradient_was_written_to() -> None:
     model = square(1)
     weight = model[0].weight
