@@ -37,7 +37,7 @@ class LayerCalls:
 
 def run(model: nn.Module, batch: Any) -> Any:
     """``model`` on a tensor, or on the tuple or dict of its arguments; as it is written, also if it is compiled."""
-    compiled = "torch._dynamo.eval_frame" in sys.modules  # which hooks that raise, or write to a list, are not for
+    compiled = "torch._dynamo.eval_frame" in sys.modules  # the hooks here raise and write to lists
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         if isinstance(batch, Mapping):
             return model(**batch)

@@ -216,7 +216,8 @@ class SmoothnessPenalty(nn.Module):
 
         Raises:
             TypeError: a ``.grad`` is not dense. Nothing has been changed then.
-            ValueError: a ``.grad`` is an expanded tensor, of which several entries are one; nothing has been changed.
+            ValueError: a ``.grad`` is an expanded tensor, of which several entries are one, or some weights are on the
+                meta device and have a nuclear norm to be taken; nothing has been changed.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
         named = self._current()
@@ -278,6 +279,9 @@ class SmoothnessPenalty(nn.Module):
             groups = [([i for i in indices if i in wanted], chosen) for indices, chosen in groups]
             without_grad = [i for i in wanted if weights[i].grad is None]
         if self.coefficients["nuclear"]:
+            absent = [names[i] for i in active if current[i].is_meta]
+            if absent and len(absent) < len(active):  # whose decomposition fails when others have been added
+                raise ValueError(f"weight {absent[0]} must hold values as others do, got a tensor on the meta device")
             choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, weights)
         options = {**self._difference_options, "groups": [group for group in groups if group[0]]}
         return _Call(_kind(current), active, orders, without_grad, options)

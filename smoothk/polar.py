@@ -62,7 +62,7 @@ def _polar_factor(matrix: Tensor, method: str) -> tuple[Tensor, Tensor]:
     if largest > 0 and not 1e-6 < largest < 1e6:
         scale = 2.0 ** -max(math.frexp(largest)[1], -120)
         scaled = scaled * scale
-    value, factor = _polar_mixed(scaled) if method == "mixed" else _polar_gram(scaled)
+    value, factor = _polar_mixed(scaled) if method == "mixed" and largest > 0 else _polar_gram(scaled)
     return matrix.new_tensor(value / scale), factor if wide else factor.mT
 
 
@@ -90,8 +90,8 @@ def _polar_gram(matrix: Tensor) -> tuple[float, Tensor]:
 
 
 def _polar_mixed(matrix: Tensor) -> tuple[float, Tensor]:
-    """`_polar_gram` of a float32 matrix, with as much of it in float32 as stays within the error of ``"auto"``."""
-    found = _deflate(matrix) if matrix.numel() > _SMALL and matrix.any() else None
+    """`_polar_gram` of a float32 matrix, not 0, with as much in float32 as stays within the error of ``"auto"``."""
+    found = _deflate(matrix) if matrix.numel() > _SMALL else None
     return _polar_gram(matrix) if found is None else found
 
 

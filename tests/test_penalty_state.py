@@ -225,6 +225,13 @@ def test_an_error_leaves_no_gradient_behind() -> None:
     assert model[2].weight.grad is None and not model[0].weight.grad.any()
 
 
+def test_weights_without_values_are_named_before_others_get_gradients() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5, device="meta"))
+    with pytest.raises(ValueError, match="weight 1.weight must hold values as others do"):
+        SmoothnessPenalty(model, **TERMS).accumulate_grad()
+    assert model[0].weight.grad is None
+
+
 def test_a_gradient_that_is_part_of_a_buffer_compiles() -> None:
     weight, buffer = nn.Parameter(torch.randn(8, 6)), torch.zeros(100)
     weight.grad = buffer[:48].view(8, 6)  # as DDP's are
