@@ -106,13 +106,18 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace ``path`` by ``data`` so that a crash at any moment leaves either the old file or the new one.
 
+    A symbolic link stays, and what it points to is replaced; devices and pipes are written to.
+
     Raises:
         OSError: the directory does not exist or cannot be written, or the disk is full; it names ``path``, and the old
             file is intact.
     """
     path = Path(path)
     try:
-        _atomic_write(path, data)
+        if path.is_file() or not path.exists():
+            _atomic_write(Path(os.path.realpath(path)), data)
+        else:
+            path.write_bytes(data)
     except OSError as error:
         # A full disk names no file, and the others name one that the caller does not know.
         raise OSError(error.errno, error.strerror, str(path)) from error

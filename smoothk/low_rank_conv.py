@@ -20,7 +20,7 @@ from . import low_rank_cost, reference
 from .factor_cache import keep, kept
 from .geometry import Geometry, geometry_of, with_explicit_padding
 from .low_rank_ops import compute, cuda_takes, finish
-from .repeated_call import RepeatedCall
+from .repeated_call import RepeatedCall, operators_are_recorded
 
 METHODS = ("auto", "fused", "pair", "merged")
 _OP = "low_rank_conv"
@@ -187,8 +187,7 @@ def _kernel_runs(
 ) -> bool:
     """Whether smoothk's kernel can be used; raises where one is asked for by name and cannot."""
     if backend is None:
-        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # exported programs hold library calls only
-        if method in ("pair", "merged") or geometry.axes > 2 or exporting:
+        if method in ("pair", "merged") or geometry.axes > 2 or operators_are_recorded():
             return False
     if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
         chosen = {_backend.choose(_OP, backend, tensors)}

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .factor_cache import state_of
 from .geometry import Geometry
 from .low_rank_ops import finish, kernel_arguments
+
+
+def operators_are_recorded() -> bool:
+    """Whether somebody keeps or counts the operators of this call, and is given the library's: exporters, tracers, and
+    modes like `torch.utils.flop_counter.FlopCounterMode`, for which an operator that it does not know costs nothing."""
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return recorded or is_in_torch_dispatch_mode(include_infra_modes=False)
 
 
 class RepeatedCall:
@@ -69,7 +77,7 @@ class RepeatedCall:
             and options == self.options
             and (residual is None or self._takes(residual))
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-            and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+            and not operators_are_recorded()
             and torch._C._functorch.peek_interpreter_stack() is None
             and forward_ad._current_level < 0
             and (self.kernel is None or state_of(v, u) == self.kernel[0])

@@ -440,6 +440,25 @@ def test_a_directory_that_even_root_cannot_write_to() -> None:
         save(perceptron(), "/proc/self/model.safetensors")
 
 
+def test_a_symbolic_link_stays(path: Path) -> None:
+    link = path.parent / "link"
+    link.symlink_to(path)  # which is not there yet
+    for data in (b"one", b"another"):
+        atomic_write(link, data)
+        assert link.is_symlink() and path.read_bytes() == data
+    assert {*path.parent.iterdir()} == {link, path}
+
+
+def test_a_pipe_is_written_to(path: Path) -> None:
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        atomic_write(path, b"data")
+        assert os.read(end, 10) == b"data" and path.is_fifo()
+    finally:
+        os.close(end)
+
+
 def test_permissions_follow_the_umask(path: Path) -> None:
     mask = os.umask(0o027)
     try:

@@ -64,6 +64,19 @@ def test_low_rank_convolutions_have_half_as_many_macs_as_flops(scheme: str, opti
     assert 2 * count_macs(layer, x) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", ["auto", "fused"])
+def test_flops_of_what_the_kernel_would_have_done(method: str, grad: bool) -> None:
+    layer, x = LowRankConv2d(64, 64, 3, 16, padding=1), torch.randn(2, 64, 28, 28)
+    layer.method = method
+    with torch.set_grad_enabled(grad):
+        expected = layer(x)  # the calls after it are repetitions
+        with FlopCounterMode(display=False) as counter:
+            counted = layer(x)
+    assert 2 * count_macs(layer, x) == counter.get_total_flops()
+    torch.testing.assert_close(counted, expected)
+
+
 def test_calls_are_counted_by_layer_and_every_time() -> None:
     make, example = MODELS["residual"]
     calls = count_calls(make(), example())
