@@ -25,6 +25,7 @@ PAPER = (30.0, 91.0)  # kept %, accuracy %: arXiv 2505.24469, "up to 91 %", orig
 Look = dict[str, Any]
 LOOKS: dict[str, Look] = {
     "svd": {"color": "#D55E00", "marker": "o", "linewidth": 2.4, "zorder": 4},
+    "svd-bias": {"color": "#D55E00", "marker": "d", "linestyle": ":"},
     "svd-images": {"color": "#D55E00", "marker": "o", "markerfacecolor": "white", "linestyle": "--"},
     "svd-spatial": {"color": "#E69F00", "marker": "s"},
     "svd-energy": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
@@ -45,9 +46,9 @@ def read_results(directory: Path) -> Comparison:
 
 
 def by_network(comparison: Comparison) -> Table:
-    """A line for each network under SVD with global ranks, one more where it was calibrated, a column for each size."""
+    """Lines for each network under SVD with global ranks: plain, bias-corrected, calibrated; a column for each size."""
     networks = {row.network: row.label for row in comparison.rows}
-    methods = {"svd": "", "svd-images": ", calibrated"}
+    methods = {"svd": "", "svd-bias": ", bias-corrected", "svd-images": ", calibrated"}
     lines = [(label + more, (method, name)) for name, label in networks.items() for method, more in methods.items()]
     return pivot(comparison, "network", lines)
 
@@ -99,18 +100,31 @@ def pivot(
     return Table(columns, rows, {"dense": ".2f"})
 
 
+DROPS = {  # column: method and field; those that were not measured are left out
+    "data-free": ("svd", "drop"),
+    "bias-corrected": ("svd-bias", "drop"),
+    "recalibrated": ("svd", "drop_recalibrated"),
+    "calibrated": ("svd-images", "drop_recalibrated"),
+}
+
+
 def drops(comparison: Comparison) -> Table:
-    """Points below dense of SVD with global ranks, data-free / recalibrated / calibrated, with their spread."""
+    """Points below dense of SVD with global ranks, with their spread."""
     groups = comparison.groups()
-    columns = ["network", "kept %", "data-free", "recalibrated", "calibrated"]
+    columns = _dropped(comparison)
     lines = []
     for name, label in {row.network: row.label for row in comparison.rows}.items():
         for keep in sorted({row.keep for row in comparison.rows}, reverse=True):
-            free, planned = (groups.get((keep, method, name), []) for method in ("svd", "svd-images"))
-            cells = [_spread(free, "drop"), _spread(free, "drop_recalibrated"), _spread(planned, "drop_recalibrated")]
+            cells = [_spread(groups.get((keep, method, name), []), field) for method, field in columns.values()]
             if any(cells):
                 lines.append([label, 100 * keep, *cells])
-    return Table(columns, lines, {"kept %": "g"})
+    return Table(["network", "kept %", *columns], lines, {"kept %": "g"})
+
+
+def _dropped(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    """What of `DROPS` was measured."""
+    methods = {row.method for row in comparison.rows}
+    return {name: column for name, column in DROPS.items() if column[0] in methods}
 
 
 def _spread(rows: Sequence[Row], name: str) -> str:
@@ -228,11 +242,9 @@ def draw_methods(comparison: Comparison, path: Path, network: str, near: float =
 def draw_drops(comparison: Comparison, path: Path, lowest: float = 8.0) -> None:
     """Points below dense against parameters, SVD with global ranks: a line for each network, seeds as bands."""
     networks = {row.network: row.label for row in comparison.rows}
-    panels = [("svd", "drop", "data-free"), ("svd", "drop_recalibrated", "batch norm recalibrated")]
-    if any(row.method == "svd-images" for row in comparison.rows):
-        panels.append(("svd-images", "drop_recalibrated", "calibrated"))
+    panels = _dropped(comparison)
     with figures.styled_figure(path, 1, len(panels), 3.4, sharey=True) as (figure, axes):
-        for axis, (method, field, title) in zip(axes[0], panels, strict=True):
+        for axis, (title, (method, field)) in zip(axes[0], panels.items(), strict=True):
             for index, (network, label) in enumerate(networks.items()):
                 if points := _points(comparison, method, network, field):
                     _line(axis, points, label, figures.look(index))
@@ -302,8 +314,9 @@ def _chapter(directory: Path, added: str) -> str:
             parts.append(f"![Accuracy against parameters, all methods]({pictures}/methods_{name}.png)")
     parts += [
         "### Points below dense",
-        "SVD with global ranks; mean and standard deviation over seeds. Calibrated: ranks planned and factors refitted "
-        "on unlabelled images (`compress(calibration=...)`), no gradient step on weights.",
+        "SVD with global ranks; mean and standard deviation over seeds. Bias-corrected (`smoothk.correct_bias`) is "
+        "data-free as well. Calibrated: ranks planned and factors refitted on unlabelled images "
+        "(`compress(calibration=...)`), no gradient step on weights.",
         drops(comparison).to_markdown(),
         f"![Points below dense]({pictures}/accuracy.png)",
         "### Do pruning and folding do better on smooth networks?",

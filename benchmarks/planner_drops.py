@@ -6,6 +6,7 @@ RUN is a directory that `smoothk train` wrote. A run that held out validation im
 planners can be compared without a look at the test images; any other run on the test images. No gradient step is taken:
 
 - "data-free": `smoothk.plan_ranks` and `smoothk.factorize`, nothing else;
+- "bias": the same with `smoothk.correct_bias`, which looks at no data either;
 - "+BN": batch norm of that model recalibrated on unlabelled training images;
 - "calibrated": `smoothk.compress` with the same images as ``calibration``.
 """
@@ -31,8 +32,8 @@ KEEPS = (0.3, 0.2, 0.15, 0.1, 0.05)
 
 def drops(
     run: Path, data_dir: str | None, keeps: Sequence[float] = KEEPS, images: int = 5000
-) -> tuple[float, dict[float, tuple[float, float, float]]]:
-    """Dense accuracy of a run in %, and by kept share the points lost: data-free, +BN, calibrated."""
+) -> tuple[float, dict[float, tuple[float, ...]]]:
+    """Dense accuracy of a run in %, and by kept share the points lost: data-free, bias, +BN, calibrated."""
     model, config = load_run(run)
     dataset = load_dataset(replace(config, data_dir=data_dir))
     calibration = data.calibration_batches(dataset, min(images, len(dataset.train_images)))
@@ -45,9 +46,10 @@ def drops(
     for keep in keeps:
         small = smoothk.compress(model, keep).model
         free = accuracy(small)
+        corrected = accuracy(smoothk.correct_bias(model, small))
         recalibrated = accuracy(smoothk.recalibrate_batch_norm(small, calibration))
         calibrated = accuracy(smoothk.compress(model, keep, calibration=calibration).model)
-        found[keep] = (dense - free, dense - recalibrated, dense - calibrated)
+        found[keep] = tuple(dense - each for each in (free, corrected, recalibrated, calibrated))
     return dense, found
 
 
@@ -66,8 +68,8 @@ def main() -> None:
     if len(args.runs) > 1:
         for keep in args.keeps:
             same = [row for row in rows if row[2] == 100 * keep]
-            rows.append(["mean", *(statistics.fmean(row[i] for row in same) for i in (1, 2, 3, 4, 5))])
-    columns = ["run", "dense", "kept %", "data-free", "+BN", "calibrated"]
+            rows.append(["mean", *(statistics.fmean(row[i] for row in same) for i in range(1, 7))])
+    columns = ["run", "dense", "kept %", "data-free", "bias", "+BN", "calibrated"]
     print(Table(columns, rows, {**dict.fromkeys(columns[1:], ".2f"), "kept %": "g"}))
 
 

@@ -17,6 +17,7 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "csrc").is
 del _checkout, Path
 
 from .backend import BackendUnavailable, info  # noqa: E402
+from .bias_correction import correct_bias  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .compress import CompressionResult, compress, factorize, recalibrate_batch_norm  # noqa: E402
 from .decompress import decompress, to_sequential  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "RankPlanner",
     "SmoothnessPenalty",
     "compress",
+    "correct_bias",
     "decompress",
     "difference_penalty",
     "factorize",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .macs import run
+from .modes import evaluating
 from .outputs import all_tensors
 
 
@@ -33,13 +34,9 @@ def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = 
     for tensor in all_tensors(batch):
         if len(devices) == 1 and tensor.device not in devices:
             raise ValueError(f"{argument} must be on the model's device, {devices.pop()}, got {tensor.device}")
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            run(model.eval(), batch)
+        with torch.no_grad(), evaluating(model):
+            run(model, batch)
     except Exception as error:  # whatever the model raises
         got = ", ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in all_tensors(batch))
         raise ValueError(f"{argument} must hold inputs of the model, got {got or type(batch)}: {error}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -166,6 +166,11 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exclude", nargs="+", default=[], metavar="LAYER", help="modules to leave dense")
     parser.add_argument(
+        "--bias-correction",
+        action="store_true",
+        help="give back the mean outputs that truncation changes, from batch norm's statistics; needs no images",
+    )
+    parser.add_argument(
         "--calibrate",
         type=int,
         default=0,

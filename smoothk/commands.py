@@ -182,6 +182,8 @@ def _compress_once(
     if args.dry_run:
         return payload, lines[0]
     small = smoothk.factorize(source.model, plan)
+    if args.bias_correction:
+        smoothk.correct_bias(source.model, small)
     measured = None if args.no_evaluate else source.dataset
 
     def note(name: str, label: str, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .bias_correction import correct_bias
 from .candidates import find_candidates
 from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
@@ -133,6 +134,7 @@ def compress(
     keep: float = 0.3,
     calibration: Iterable[Any] | None = None,
     *,
+    bias_correction: bool = False,
     refit: bool = True,
     **plan_options: Any,
 ) -> CompressionResult:
@@ -144,6 +146,8 @@ def compress(
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
             It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
             nothing data-dependent runs.
+        bias_correction: whether the mean outputs of the low-rank layers are made those of the dense ones, as the batch
+            norms of ``model`` tell them; no input is needed (`smoothk.correct_bias`).
         refit: whether the factors, and linear layers behind the last of them (a classifier that stays dense), are
             fitted to the dense layers' outputs on ``calibration`` (least squares), with the method "global" weighted by
             those outputs' importance. What ``exclude`` names stays as it is.
@@ -158,6 +162,8 @@ def compress(
     """
     plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
     small = factorize(model, plan)
+    if bias_correction:
+        correct_bias(model, small)
     if calibration is not None:
         if refit:
             excluded = [name for name, layer in plan.layers.items() if layer.reason == "excluded"]

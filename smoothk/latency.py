@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run, watch
+from .modes import evaluating
 from .svd import full_rank, parameters_per_rank
 
 _SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)  # of the rank from which the factors are larger than the weight
@@ -47,13 +48,8 @@ class LayerTimes:
 
 def measure_model(model: nn.Module, example_input: Any, budget: float = 0.5) -> int:
     """Nanoseconds of one forward pass in evaluation mode, the median of what ``budget`` seconds allow."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with evaluating(model):
         return _medians({"model": model}, [(example_input, 1)], budget)["model"]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def measure_layers(

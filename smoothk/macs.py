@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .layers import _LowRank, _LowRankConvNd
+from .modes import evaluating
 from .transposed import transposed_linear_types
 from .unfolding import matrix_shape
 
@@ -57,7 +58,6 @@ def watch(
     Args:
         seen: called with name, layer, input and output at every call of one of ``layers``.
     """
-    modes = {module: module.training for module in model.modules()}
     handles = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -69,13 +69,11 @@ def watch(
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(hook(name), with_kwargs=True))
-        with torch.no_grad():
-            run(model.eval(), example_input)
+        with torch.no_grad(), evaluating(model):
+            run(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def count_calls(model: nn.Module, example_input: Any) -> dict[str, LayerCalls]:

@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .candidates import find_candidates
 from .layers import Conv, _LowRank
 from .macs import run
+from .modes import evaluating
 from .regression import Fitted, fit, patches, rows
 from .transposed import as_linear, transposed_linear_types
 
@@ -128,7 +129,7 @@ def refit_factors(
     skipped, costs = _excluded(small, exclude), _checked(importance or {}, low_rank)
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        with torch.no_grad(), _evaluating(model), normalising_by_batch(small):
+        with torch.no_grad(), evaluating(model), normalising_by_batch(small):
             order = _call_order(small, {**low_rank, **_linear_layers(small)}, batches)
             names = list(order.calls)
             last = max((i for i, name in enumerate(names) if name in low_rank), default=len(names))
@@ -282,22 +283,11 @@ def _collect(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def normalising_by_batch(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, but for batch norm, which normalises by each batch and forgets it."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     state = [(norm, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
-    with _evaluating(model):
+    with evaluating(model):
         try:
             for norm in norms:
                 norm.train()

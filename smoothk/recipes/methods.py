@@ -74,6 +74,7 @@ def _with_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable
 
 METHODS: dict[str, Method] = {
     "svd": _svd("SVD, global ranks", method="global", scheme="auto"),
+    "svd-bias": _svd("SVD, bias correction", method="global", scheme="auto", bias_correction=True),
     "svd-images": Method("SVD, calibrated", _with_images, count_parameters, uses_images=True),
     "svd-spatial": _svd("SVD, global ranks, spatial", method="global", scheme="spatial"),
     "svd-energy": _svd("SVD, equal energy", method="energy", scheme="channel"),

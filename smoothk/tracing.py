@@ -1,0 +1,101 @@
+"""The graph of a model's forward, read by `torch.fx` without running it."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .layers import _LowRank
+
+# Exact types: a subclass, which a parametrization makes too, may compute something else.
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+
+
+class _Proxy(fx.Proxy):
+    """Keeps ``x += y`` what it is: torch.fx makes ``x = x + y`` of it, and another name of x would miss the sum."""
+
+
+def _in_place(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda x, y: x.tracer.create_proxy("call_function", getattr(operator, name), (x, y), {})
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _LowRank) or super().is_leaf_module(module, name)
+
+
+def trace(model: nn.Module) -> fx.GraphModule | None:
+    """``model``, in its present mode, as a graph that calls its layers, and those layers themselves; None where
+    `torch.fx` cannot read it: control flow on values, an argument that may be None, hooks."""
+    tracer = _Tracer()
+    try:
+        if has_hooks(model) or "forward" in vars(model):
+            raise TypeError("torch.fx reads the forward of the class, and no hooks of the module that it traces")
+        if any(p.default is None for p in inspect.signature(model.forward).parameters.values()):
+            raise TypeError("torch.fx takes an argument for a tensor where the default is None")
+        graph = tracer.trace(model)
+    except Exception:  # whatever a forward that needs values does with a proxy
+        return None
+    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of ``module`` do more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Of two tensors, one time each."""
+    named = node.target in ADDITIONS if node.op == "call_function" else node.target in ("add", "add_")
+    two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not node.kwargs
+    return node.op in ("call_function", "call_method") and named and two and node.args[0] is not node.args[1]
+
+
+def called(node: fx.Node) -> str:
+    """The name of the module that ``node`` calls."""
+    return str(node.target)
+
+
+def module_of(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """The module that ``node`` calls, if it calls one."""
+    return modules.get(called(node)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+
+def only_input(node: fx.Node) -> fx.Node | None:
+    """The one node whose value ``node`` takes as its only argument or first one."""
+    inputs = node.all_input_nodes
+    return inputs[0] if len(inputs) == 1 else None
+
+
+def has_one_argument(call: fx.Node) -> bool:
+    """Whether the input is all that is passed: a low-rank layer also takes a residual and a ReLU."""
+    return len(call.args) + len(call.kwargs) == len(call.all_input_nodes) == 1
+
+
+def writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` may change a tensor that it gets."""
+    if node.op == "call_module":
+        return any(getattr(module, "inplace", False) for module in modules[called(node)].modules())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    flags = (*node.args, node.kwargs.get("inplace"))  # F.relu(x, True)
+    named = name in (*IN_PLACE, "setitem") or (name.endswith("_") and not name.endswith("__"))
+    return named or "out" in node.kwargs or any(flag is True for flag in flags)
