@@ -108,6 +108,13 @@ DROPS = {  # column: method and field; those that were not measured are left out
 }
 
 
+EXPLAINED = {
+    "bias-corrected": "Bias-corrected (`smoothk.correct_bias`): data-free as well.",
+    "calibrated": "Calibrated: ranks planned and factors refitted on unlabelled images (`compress(calibration=...)`), no "
+    "gradient step on weights.",
+}
+
+
 def drops(comparison: Comparison) -> Table:
     """Points below dense of SVD with global ranks, with their spread."""
     groups = comparison.groups()
@@ -312,11 +319,10 @@ def _chapter(directory: Path, added: str) -> str:
         parts += [f"### Every method on: {label}", by_method(comparison, name).to_markdown()]
         if name in FIGURES:
             parts.append(f"![Accuracy against parameters, all methods]({pictures}/methods_{name}.png)")
+    explained = [text for name, text in EXPLAINED.items() if name in _dropped(comparison)]
     parts += [
         "### Points below dense",
-        "SVD with global ranks; mean and standard deviation over seeds. Bias-corrected (`smoothk.correct_bias`) is "
-        "data-free as well. Calibrated: ranks planned and factors refitted on unlabelled images "
-        "(`compress(calibration=...)`), no gradient step on weights.",
+        " ".join(["SVD with global ranks; mean and standard deviation over seeds.", *explained]),
         drops(comparison).to_markdown(),
         f"![Points below dense]({pictures}/accuracy.png)",
         "### Do pruning and folding do better on smooth networks?",

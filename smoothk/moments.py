@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .modes import evaluating
-from .tracing import CONVS, NORMS, called, has_hooks, has_one_argument, is_addition, module_of, trace, writes
+from .tracing import CONVS, called, has_hooks, has_one_argument, is_addition, trace, writes
 
 _SAMPLES = 1000  # quantiles of the normal distribution that an activation is averaged over
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -84,14 +84,16 @@ def _read(model: nn.Module, prefix: str) -> Iterator[tuple[str, LayerInput]]:
         return
     traced = trace(model)
     if traced is None:
-        for name, child in model.named_children():
-            yield from _read(child, f"{prefix}{name}.")
+        for part, child in model.named_children():
+            yield from _read(child, f"{prefix}{part}.")
         return
-    modules = dict(traced.named_modules())
-    calls = Counter(id(modules[called(node)]) for node in traced.graph.nodes if node.op == "call_module")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [_name_of(modules, node) for node in traced.graph.nodes]
+    calls = Counter(id(modules[name]) for name in names if name)
     known: dict[fx.Node, Channels | None] = {}
-    for node in traced.graph.nodes:
-        layer, inputs = module_of(node, modules), [known.get(before) for before in node.all_input_nodes]
+    for node, name in zip(traced.graph.nodes, names, strict=True):
+        inputs = [known.get(before) for before in node.all_input_nodes]
+        layer = modules[name] if name else None
         known[node] = _given(node, layer, inputs)
         if inputs and writes(node, modules):
             known[node.all_input_nodes[0]] = known[node]
@@ -99,7 +101,7 @@ def _read(model: nn.Module, prefix: str) -> Iterator[tuple[str, LayerInput]]:
             continue
         if inputs[0] is not None and _takes(layer, inputs[0]):
             norm = _norm_behind(node, modules, calls)
-            yield prefix + called(node), LayerInput(inputs[0].mean, None if norm is None else prefix + norm)
+            yield f"{prefix}{name}", LayerInput(inputs[0].mean, None if norm is None else prefix + norm)
 
 
 def _takes(layer: nn.Module, x: Channels) -> bool:
@@ -109,18 +111,27 @@ def _takes(layer: nn.Module, x: Channels) -> bool:
     return type(layer) in CONVS and len(x.mean) == layer.in_channels
 
 
+def _name_of(modules: dict[str, nn.Module], node: fx.Node) -> str | None:
+    """The module that ``node`` calls; also a batch norm of a class of its own, in which torch.fx sees the function."""
+    if node.target is F.batch_norm and len(node.args) > 1:
+        statistics = node.args[1]
+        if isinstance(statistics, fx.Node) and statistics.op == "get_attr":
+            return str(statistics.target).removesuffix(".running_mean")
+    return called(node) if node.op == "call_module" else None
+
+
 def _norm_behind(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int]) -> str | None:
-    if len(node.users) != 1:
+    users = [user for user in node.users if user.target not in (getattr, "size", "dim")]  # of the values
+    if len(users) != 1:
         return None
-    user = next(iter(node.users))
-    norm = module_of(user, modules)
-    if norm is None or not _has_statistics(norm) or has_hooks(norm) or calls[id(norm)] > 1:
-        return None
-    return called(user)
+    name = _name_of(modules, users[0])
+    norm = None if name is None else modules[name]
+    alone = norm is not None and _has_statistics(norm) and not has_hooks(norm) and calls[id(norm)] == 1
+    return name if alone else None
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and type(module) in NORMS and module.running_mean is not None
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def _given(node: fx.Node, module: nn.Module | None, inputs: list[Channels | None]) -> Channels | None:

@@ -201,6 +201,23 @@ def test_what_is_not_known(name: str) -> None:
     assert layer_inputs(UNKNOWN[name]()) == {}
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: torch.fx sees what is in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "images")
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.silu(x, inplace=True)
+
+
+def test_a_batch_norm_of_another_class() -> None:
+    first = norm(6, NormAct)
+    model = nn.Sequential(first, nn.Conv2d(6, 4, 1).double(), norm(4, NormAct), nn.Conv2d(4, 4, 1).double())
+    seen = layer_inputs(model)
+    assert {name: each.norm for name, each in seen.items()} == {"1": "2", "3": None}
+    torch.testing.assert_close(seen["1"].mean, means(first(normal_input(first, 1, 1))), atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_the_parts_of_a_model_that_cannot_be_traced(train: bool) -> None:
     class Branching(nn.Module):
