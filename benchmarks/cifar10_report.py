@@ -46,7 +46,7 @@ def read_results(directory: Path) -> Comparison:
 
 
 def by_network(comparison: Comparison) -> Table:
-    """Lines for each network under SVD with global ranks: plain, bias-corrected, calibrated; a column for each size."""
+    """Lines for each network under SVD with global ranks: as it is, bias-corrected, calibrated; a column for each size."""
     networks = {row.network: row.label for row in comparison.rows}
     methods = {"svd": "", "svd-bias": ", bias-corrected", "svd-images": ", calibrated"}
     lines = [(label + more, (method, name)) for name, label in networks.items() for method, more in methods.items()]
