@@ -46,7 +46,7 @@ def read_results(directory: Path) -> Comparison:
 
 
 def by_network(comparison: Comparison) -> Table:
-    """Lines for each network under SVD with global ranks: as it is, bias-corrected, calibrated; a column for each size."""
+    """SVD with global ranks: lines for each network, as it is, bias-corrected, calibrated; a column for each size."""
     networks = {row.network: row.label for row in comparison.rows}
     methods = {"svd": "", "svd-bias": ", bias-corrected", "svd-images": ", calibrated"}
     lines = [(label + more, (method, name)) for name, label in networks.items() for method, more in methods.items()]
@@ -110,8 +110,8 @@ DROPS = {  # column: method and field; those that were not measured are left out
 
 EXPLAINED = {
     "bias-corrected": "Bias-corrected (`smoothk.correct_bias`): data-free as well.",
-    "calibrated": "Calibrated: ranks planned and factors refitted on unlabelled images (`compress(calibration=...)`), no "
-    "gradient step on weights.",
+    "calibrated": "Calibrated: ranks planned and factors refitted on unlabelled images "
+    "(`compress(calibration=...)`), no gradient step on weights.",
 }
 
 
