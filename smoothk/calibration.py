@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .macs import run
 from .modes import evaluating
-from .outputs import all_tensors
+from .outputs import all_tensors, filled
 
 
 def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = "calibration") -> None:
@@ -18,13 +18,13 @@ def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = 
 
     Raises:
         TypeError: not an iterable, or one that can be read only once.
-        ValueError: no batch, a batch on another device, or one that the model refuses.
+        ValueError: no batch, one without inputs, on another device, or that the model refuses.
     """
     if isinstance(batches, Tensor):
         raise TypeError(f"{argument} must be an iterable of input batches, got a tensor; pass [tensor]")
     if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
         raise TypeError(f"{argument} must be re-iterable (a list, a DataLoader), got {type(batches).__name__}")
-    for batch in batches:  # noqa: B007
+    for batch in filled(batches, argument):  # noqa: B007
         break
     else:
         raise ValueError(f"{argument} must hold at least one batch, got none")

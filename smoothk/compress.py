@@ -17,7 +17,7 @@ from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
 from .modes import outside_inference_mode
-from .outputs import all_tensors, first_batches
+from .outputs import all_tensors, filled, first_batches
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -189,7 +189,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         ``model``.
 
     Raises:
-        ValueError: ``batches`` is empty. Whatever the model raises on a batch is passed on.
+        ValueError: ``batches`` or one of them is empty. Whatever the model raises on a batch is passed on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -221,7 +221,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
             handles.append(norm.register_forward_hook(add_statistics))
         count = 0
         with torch.no_grad():
-            for batch in batches:
+            for batch in filled(batches, "batches"):
                 run(model, batch)
                 count += 1
         if not count:

@@ -184,8 +184,9 @@ def unreadable() -> Iterator[Tensor]:
         (unreadable, OSError),
         (lambda: [*batches(2), torch.randn(2, 4, 5, 5)], RuntimeError),  # the model fails on the third batch
         (lambda: [*batches(2), "text"], TypeError),
+        (lambda: [*batches(2), torch.empty(0, *batches(1)[0].shape[1:])], ValueError),  # whose mean would be 0
     ],
-    ids=["iterable", "shape", "type"],
+    ids=["iterable", "shape", "type", "empty"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_a_failure_in_the_middle_restores_everything(

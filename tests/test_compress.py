@@ -242,6 +242,8 @@ def test_an_iterator_that_can_be_read_once_is_refused(once) -> None:
     ("calibration", "error", "message"),
     [
         ([], ValueError, "calibration must hold at least one batch, got none"),
+        ([torch.empty(0, 3, 9, 8)], ValueError, r"calibration must hold inputs in every batch, .* \[0, 3, 9, 8\]"),
+        ([torch.randn(4, 3, 9, 8), torch.empty(0, 3, 9, 8)], ValueError, "calibration must hold inputs in every batch"),
         (3, TypeError, r"calibration must be re-iterable \(a list, a DataLoader\), got int"),
         ([torch.randn(4, 5, 9, 8)], ValueError, r"calibration must hold .* model, got \[4, 5, 9, 8\] of float32"),
         ([torch.randn(4, 3, 9, 8).double()], ValueError, r"calibration must hold inputs .* of float64"),

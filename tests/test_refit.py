@@ -351,6 +351,7 @@ def test_inputs_that_span_nothing_work(value: float) -> None:
         ({"importance": {"3": torch.full((2, 16, 16), torch.nan)}}, ValueError, "importance of '3' must be finite"),
         ({"exclude": "0"}, TypeError, "exclude must be a collection of names, got '0'"),
         ({"batches": []}, ValueError, "batches must hold at least one batch, got none"),
+        ({"batches": [torch.empty(0, 3, 9, 8)]}, ValueError, r"batches must hold inputs .* shape \[0, 3, 9, 8\]"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"small": None}, TypeError, "small must be a torch.nn.Module, got NoneType"),
     ],
