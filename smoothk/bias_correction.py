@@ -7,6 +7,8 @@ correction" (arXiv 1906.04721), section 4.2. `smoothk.moments` finds ``E[x]`` in
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +19,14 @@ from .moments import LayerInput, layer_inputs
 
 @outside_inference_mode
 def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
-    """Make the mean output of every low-rank layer of ``small`` that of the same layer of ``model``, with no data.
+    """Give the low-rank layers of ``small`` the mean outputs of the same layers of ``model``, with no data.
 
-    In place; the shift goes into the layer's bias or, where it has none, into the running mean of the batch norm that
-    takes its output. The mean input of a layer comes from the batch norms before it, by `torch.fx`; layers behind
-    something else (layer norm, max pooling, products) are left as they are. Borders are taken for full of input.
-    Recalibrating batch norm afterwards replaces what went into its running means.
+    In place, directly after `smoothk.factorize`; what training or recalibration made of ``small`` since is replaced.
+    The shift goes into a layer's bias or, where it has none, into the running mean of the batch norm that alone takes
+    its output. The mean input of a layer comes from the batch norms before it, through what `torch.fx` can trace;
+    layers behind something else (layer norm, max pooling, products, hooks) are left as they are. Of a model that cannot
+    be traced as a whole the parts are looked at, as if the model did nothing with them but call them. Borders are taken
+    for full of input. Recalibrating batch norm afterwards replaces what went into its running means.
 
     Args:
         model: the dense model, with the running statistics of its training; not changed.
@@ -33,11 +37,13 @@ def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` or ``small`` is not a module.
-        ValueError: ``small`` was not made from ``model``.
+        ValueError: ``small`` was not made from ``model`` by `smoothk.factorize`, as far as can be seen.
     """
     for name, network in (("model", model), ("small", small)):
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+    if _is_low_rank(model) and not _is_low_rank(small):
+        raise ValueError("small must be made from model, but it has no low-rank layer, and model has")
     changes: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for name, seen in layer_inputs(model).items():
@@ -46,25 +52,38 @@ def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
             except (AttributeError, RuntimeError) as error:
                 raise ValueError(f"small must be made from model, but its {name!r} does not fit: {error}") from None
         for target, value in changes:
-            target.copy_(value)
+            with torch.inference_mode() if target.is_inference() else nullcontext():
+                target.copy_(value)
     return small
+
+
+def _is_low_rank(model: nn.Module) -> bool:
+    return any(isinstance(module, _LowRank) for module in model.modules())
 
 
 def _changes(model: nn.Module, small: nn.Module, name: str, seen: LayerInput) -> list[tuple[Tensor, Tensor]]:
     """What is to be written where for one layer."""
     dense, layer = model.get_submodule(name), small.get_submodule(name)
-    if not isinstance(layer, _LowRank) or isinstance(dense, _LowRank):
+    if not isinstance(layer, _LowRank):
         return []
+    norms = [] if seen.norm is None else [network.get_submodule(seen.norm) for network in (model, small)]
+    shift = _shift(dense, layer, seen.mean)
+    if isinstance(dense.bias, Tensor) and isinstance(layer.bias, Tensor):
+        return [(layer.bias, dense.bias - shift)]
+    if dense.bias is not layer.bias:
+        raise AttributeError("one of the two has a bias")
+    if not norms:
+        return []
+    before, after = (norm.running_mean for norm in norms)
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        raise AttributeError("the batch norm behind it has no running mean")
+    return [(after, before + shift.to(before.device))]
+
+
+def _shift(dense: nn.Module, layer: _LowRank, mean: Tensor) -> Tensor:
+    """What the mean output changes by, where the inputs' is ``mean`` ``[C_in]``."""
     assert isinstance(dense.weight, Tensor)
     error = layer.weight.double() - dense.weight.double()
     groups = getattr(layer, "groups", 1)
     taps = error.reshape(groups, len(error) // groups, error.shape[1], -1).sum(-1)
-    shift = (taps @ seen.mean.reshape(groups, -1, 1)).reshape(-1)
-    if layer.bias is not None:
-        assert isinstance(dense.bias, Tensor)
-        return [(layer.bias, dense.bias - shift)]
-    if seen.norm is None:
-        return []
-    means = [network.get_submodule(seen.norm).running_mean for network in (small, model)]
-    assert isinstance(means[0], Tensor) and isinstance(means[1], Tensor)
-    return [(means[0], means[1] + shift)]
+    return (taps @ mean.to(error.device).reshape(groups, -1, 1)).reshape(-1)

@@ -96,12 +96,12 @@ def check_trained(model: nn.Module) -> None:
     for name, tensor in named:
         if is_lazy(tensor):
             continue
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.detach()).all():
             raise ValueError(f"{name} of the model must be finite, got NaN or Inf")
 
 
 def check_finite(layers: dict[str, Conv | nn.Linear]) -> None:
     """Raise ValueError that names the first layer whose weight holds NaN or Inf."""
     for name, layer in layers.items():
-        if not layer.weight.is_meta and not torch.isfinite(layer.weight).all():
+        if not layer.weight.is_meta and not torch.isfinite(layer.weight.detach()).all():
             raise ValueError(f"weight of layer {name!r} must be finite, got NaN or Inf")

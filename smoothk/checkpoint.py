@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from .compress import deep_copy, empty_low_rank_layer, planned_layers, replace_layers
+from .compress import empty_low_rank_layer, planned_layers, replace_layers
+from .copies import deep_copy
 from .layers import _LowRank
 from .low_rank_conv import check_method
 from .modes import outside_inference_mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .bias_correction import correct_bias
 from .candidates import find_candidates
+from .copies import deep_copy
 from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
 from .modes import outside_inference_mode
-from .outputs import all_tensors, filled, first_batches
+from .outputs import filled, first_batches
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -49,16 +49,6 @@ def factorize(model: nn.Module, plan: RankPlan) -> nn.Module:
     layers = planned_layers(model, plan)
     replacements = {name: low_rank_layer(layer, plan.layers[name], name) for name, layer in layers.items()}
     return replace_layers(deep_copy(model), replacements)
-
-
-def deep_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares no tensor with ``model``.
-
-    Pruning and the older weight norm keep a computed weight, which `copy.deepcopy` refuses; their hooks compute it
-    anew. Some models keep what they computed last, by itself or in lists.
-    """
-    computed = [value for module in model.modules() for value in all_tensors(vars(module)) if not value.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
 def planned_layers(model: nn.Module, plan: RankPlan) -> dict[str, Conv | nn.Linear]:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .compress import deep_copy, replace_layers
+from .compress import replace_layers
+from .copies import deep_copy
 from .layers import Conv, LowRankLinear, _LowRank, _LowRankConvNd
 from .reference import merged_weight
 

@@ -25,5 +25,5 @@ def check_finite(weight: Tensor) -> None:
     """Raise ValueError for a weight without values, or with NaN or Inf."""
     if weight.is_meta:
         raise ValueError("weight must hold values, got a tensor on the meta device")
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(weight.detach()).all():
         raise ValueError("weight must be finite, got NaN or Inf")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import find_candidates
+from .copies import deep_copy
 from .layers import Conv
 from .macs import run
 from .outputs import floating_tensors, is_logits
@@ -121,8 +122,6 @@ def output_importance(model: nn.Module, layers: Collection[str], batches: list[A
 
 def _differentiable_copy(model: nn.Module) -> nn.Module:
     """A copy in which the weights of all layers that could be factorised require gradients, and nothing else does."""
-    from .compress import deep_copy  # which imports the planner
-
     copy = deep_copy(model).requires_grad_(False)
     for name in find_candidates(model).layers:
         copy.get_submodule(name).get_parameter("weight").requires_grad_(True)

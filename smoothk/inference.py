@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .compress import deep_copy
+from .copies import deep_copy
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, _LowRank
 from .low_rank_ops import finish
 from .tracing import (
@@ -79,11 +79,12 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 def _optimize(model: nn.Module) -> nn.Module:
     if next(model.children(), None) is None:
         return model
-    traced = trace(model)
-    if traced is None:
+    graph = trace(model)
+    if graph is None:
         for name, child in model.named_children():
             setattr(model, name, _optimize(child))
         return model
+    traced = fx.GraphModule(model, graph, type(model).__name__)
     graph = traced.graph
     modules = dict(traced.named_modules())
     calls = Counter(id(modules[node.target]) for node in graph.nodes if node.op == "call_module")

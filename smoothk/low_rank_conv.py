@@ -74,7 +74,7 @@ def low_rank_conv(
 
 def _can_be_kept(chosen: str, geometry: Geometry, input: Tensor, v: Tensor, u: Tensor, bias: Tensor | None) -> bool:
     """Whether `RepeatedCall` knows this kind of call."""
-    if torch.is_grad_enabled() or _autocast_dtype(input) is not None or not input.is_cpu:
+    if torch.is_grad_enabled() or _autocast_dtype(input) is not None or not input.is_cpu or operators_are_recorded():
         return False
     if chosen == "fused":
         return geometry.fits_kernel and not (v.is_inference() or u.is_inference())  # see factor_cache

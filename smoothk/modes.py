@@ -31,8 +31,8 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode; the modes of its modules come back."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, mode in modes.items():

@@ -6,12 +6,13 @@ where the input is of the same kind, the factors are as they were, and nobody wa
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
 from . import reference
 from .factor_cache import state_of
@@ -20,10 +21,17 @@ from .low_rank_ops import finish, kernel_arguments
 
 
 def operators_are_recorded() -> bool:
-    """Whether somebody keeps or counts the operators of this call, and is given the library's: exporters, tracers, and
-    modes like `torch.utils.flop_counter.FlopCounterMode`, for which an operator that it does not know costs nothing."""
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return recorded or is_in_torch_dispatch_mode(include_infra_modes=False)
+    """Whether this call is exported, traced by `torch.jit`, or counted by `torch.utils.flop_counter.FlopCounterMode`,
+    to which an unknown operator is free: they are given the library's operators."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or _flops_are_counted()
+
+
+def _flops_are_counted() -> bool:
+    # Its module is loaded where it is used, as it imports Triton: a formula of ours could not be registered earlier.
+    counter = "torch.utils.flop_counter"
+    if counter not in sys.modules or not is_in_torch_dispatch_mode(include_infra_modes=False):
+        return False
+    return any(type(mode).__module__ == counter for mode in _get_current_dispatch_mode_stack())
 
 
 class RepeatedCall:

@@ -34,26 +34,35 @@ for _name in IN_PLACE:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, are_leaves: Callable[[nn.Module], bool] | None = None) -> None:
+        super().__init__()
+        self.are_leaves = are_leaves
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _LowRank) or super().is_leaf_module(module, name)
+        more = self.are_leaves is not None and self.are_leaves(module)
+        return more or isinstance(module, _LowRank) or super().is_leaf_module(module, name)
 
 
-def trace(model: nn.Module) -> fx.GraphModule | None:
-    """``model``, in its present mode, as a graph that calls its layers, and those layers themselves; None where
-    `torch.fx` cannot read it: control flow on values, an argument that may be None, hooks."""
-    tracer = _Tracer()
+def trace(model: nn.Module, are_leaves: Callable[[nn.Module], bool] | None = None) -> fx.Graph | None:
+    """The graph of ``model`` in its present mode, None where `torch.fx` cannot read it: control flow on values, an
+    argument that may be None, hooks.
+
+    What the forward does beside, to attributes and buffers, it does: trace a copy.
+
+    Args:
+        are_leaves: modules that are not looked into, beside torch's own and the low-rank layers.
+    """
     try:
         if has_hooks(model) or "forward" in vars(model):
             raise TypeError("torch.fx reads the forward of the class, and no hooks of the module that it traces")
         if any(p.default is None for p in inspect.signature(model.forward).parameters.values()):
             raise TypeError("torch.fx takes an argument for a tensor where the default is None")
-        graph = tracer.trace(model)
+        return _Tracer(are_leaves).trace(model)
     except Exception:  # whatever a forward that needs values does with a proxy
         return None
-    return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -57,6 +57,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "twice": lambda x: F.silu(F.hardtanh(x)),
     "pooled": lambda x: F.avg_pool2d(F.relu(x), 1),
     "kept": lambda x: F.relu(x).mean((2, 3), keepdim=True),
+    "out": lambda x: torch.sigmoid(x, out=x),
+    "by keyword": lambda x: F.gelu(input=torch.relu(input=x)),
+    "averaged twice": lambda x: x.relu().mean(3, True).mean(dim=2, keepdim=True),
     "the name of what was written": lambda x: (F.relu_(x), x)[1],
 }
 
@@ -65,7 +68,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_means_behind_a_function(name: str) -> None:
     model = Functional(FUNCTIONS[name])
     seen = layer_inputs(model)["conv"]
-    expected = means(FUNCTIONS[name](model.norm(normal_input(model.norm, 1, 1))))
+    with torch.no_grad():
+        expected = means(FUNCTIONS[name](model.norm(normal_input(model.norm, 1, 1))))
     torch.testing.assert_close(seen.mean, expected, atol=0.05, rtol=0)
     assert seen.norm is None
 
@@ -125,6 +129,7 @@ def _added(x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("join", "channels"),
     [(lambda x, y: x + y, 6), (_added, 6), (lambda x, y: torch.add(x, y), 6), (lambda x, y: x.add_(y), 6),
+     (lambda x, y: x.mean((2, 3), keepdim=True) + F.adaptive_avg_pool2d(y, 1), 6),
      (lambda x, y: torch.cat([y, x], 1), 12), (lambda x, y: torch.cat((x, y, x), dim=1), 18)],
 )  # fmt: skip
 def test_means_behind_two_branches(join: Callable, channels: int) -> None:
@@ -151,7 +156,29 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "flatten, by name": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(start_dim=1),
     "view": lambda x: F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1),
     "reshape": lambda x: F.adaptive_avg_pool2d(x, 1).reshape(x.shape[0], -1),
+    "twice": lambda x: x.mean(3).mean(2),
 }
+
+
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [
+        (lambda: [nn.Conv1d(3, 6, 3), norm(6, nn.BatchNorm1d), nn.ReLU(), Averaged(), nn.Linear(6, 2)], True),
+        (lambda: [norm(6, nn.BatchNorm1d), nn.ReLU(), Averaged(), nn.Linear(6, 2)], True),
+        (lambda: [nn.Linear(3, 6), norm(6, nn.BatchNorm1d), nn.ReLU(), nn.Linear(6, 2)], True),
+        (lambda: [norm(6, nn.BatchNorm1d), nn.ReLU(), nn.Conv1d(6, 2, 3)], True),
+        (lambda: [norm(6, nn.BatchNorm1d), nn.ReLU(), nn.Linear(6, 2)], False),  # of [N, 6] or of [N, 6, 6]
+        (lambda: [nn.Linear(3, 9), norm(6, nn.BatchNorm1d), nn.ReLU(), nn.Linear(6, 2)], False),  # of [N, 6, 9]
+    ],
+)
+def test_axes_of_one_dimension(model: Callable[[], list[nn.Module]], known: bool) -> None:
+    layers = model()
+    assert (str(len(layers) - 1) in layer_inputs(nn.Sequential(*layers))) == known
+
+
+class Averaged(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(-1)
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -160,6 +187,11 @@ def test_means_of_a_classifier(name: str) -> None:
     seen = layer_inputs(model)["fc"]
     expected = means(F.relu(model.norm(normal_input(model.norm, 2, 1))))
     torch.testing.assert_close(seen.mean, expected, atol=0.05, rtol=0)
+
+
+class OwnAffine(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias.abs(), False, 0.1, self.eps)
 
 
 def _twice(layer: nn.Module) -> nn.Module:
@@ -179,6 +211,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "the input": lambda: nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()),
     "max pooling": lambda: _chain(nn.MaxPool2d(2)),
     "a layer without batch norm": lambda: nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1)),
+    "statistics without values": lambda: nn.Sequential(nn.BatchNorm2d(6, device="meta"), nn.Conv2d(6, 6, 1)),
     "no running statistics": lambda: nn.Sequential(norm(track_running_stats=False), nn.Conv2d(6, 6, 1).double()),
     "a hooked norm": lambda: _hooked(_chain(nn.ReLU()), 0),
     "a hooked activation": lambda: _hooked(_chain(nn.ReLU()), 1),
@@ -189,6 +222,9 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "along another axis": lambda: Joined(lambda x, y: torch.cat([x, y], 2)),
     "pixels mixed by a linear layer": lambda: _chain(nn.ReLU(), last=nn.Linear(6, 6).double()),
     "mean of channels": lambda: Classifier(lambda x: x.mean((1, 2))),
+    "one axis of two": lambda: Classifier(lambda x: x.mean(2)),
+    "an affine map of its own": lambda: nn.Sequential(norm(6, OwnAffine), nn.Conv2d(6, 6, 1).double()),
+    "an output that is given": lambda: Joined(lambda x, y: torch.add(x, y, out=x)),
     "mean of all": lambda: Classifier(lambda x: x.mean()),
     "more features than channels": lambda: _chain(nn.Flatten(), last=nn.Linear(24, 6).double()),
     "a layer used twice": lambda: _twice(nn.Conv2d(6, 6, 1).double()),
@@ -218,19 +254,93 @@ def test_a_batch_norm_of_another_class() -> None:
     torch.testing.assert_close(seen["1"].mean, means(first(normal_input(first, 1, 1))), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_the_parts_of_a_model_that_cannot_be_traced(train: bool) -> None:
-    class Branching(nn.Module):
+@pytest.mark.parametrize(
+    "alias",
+    [nn.Identity(), nn.Dropout(), lambda x: x.view(x.shape[0], -1), lambda x: x[:, :3], lambda x: x.detach(),
+     lambda x: x.flatten(1)],
+)  # fmt: skip
+def test_what_is_written_under_another_name(alias: Callable[[Tensor], Tensor]) -> None:
+    class Written(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(3, 6, 1), norm(), nn.ReLU(), nn.Conv2d(6, 6, 1), norm())
+            self.norm, self.relu, self.conv = norm(), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 1).double()
+            self.alias = alias if isinstance(alias, nn.Module) else nn.Identity()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.body(x) if x.sum() > 0 else x
+            x = self.norm(x)
+            self.relu(alias(self.alias(x)))
+            return self.conv(x)
 
-    model = Branching().train(train)
+    model = Written().eval()
+    seen = layer_inputs(model)
+    x = model.norm(normal_input(model.norm, 1, 1))
+    if "conv" in seen:  # or it is not known
+        torch.testing.assert_close(seen["conv"].mean, means(F.relu(x)), atol=0.05, rtol=0)
+
+
+class Branching(nn.Module):
+    """A model with control flow on values."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            x = part(x) if x.sum() > 0 else x
+        return x
+
+
+def part(conv: nn.Module | None = None, last: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(norm(), nn.ReLU(), conv or nn.Conv2d(6, 6, 1), last or norm())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_parts_of_a_model_that_cannot_be_traced(train: bool) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 6, 1), norm(), nn.ReLU(), nn.Conv2d(6, 6, 1), norm())
+    last = NormAct(6)
+    last.act = nn.Identity()  # which makes a part of it
+    model = Branching(body=body, norm=last).train(train)
     assert {name: seen.norm for name, seen in layer_inputs(model).items()} == {"body.3": "body.4"}
-    assert all(module.training == train for module in model.modules() if module is not model.body[1])
+    assert all(module.training == train for module in model.modules())
+
+
+def test_layers_and_norms_that_parts_share() -> None:
+    conv, last = nn.Conv2d(6, 6, 1), norm()
+    assert layer_inputs(Branching(a=part(conv), b=part(conv))) == {}
+    seen = layer_inputs(Branching(a=part(last=last), b=part(last=last)))
+    assert {name: each.norm for name, each in seen.items()} == {"a.2": None, "b.2": None}
+
+
+class Recording(nn.Module):
+    """Keeps what it computed last, counts, draws and makes tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.all = part(), []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last = self.body(x + torch.rand(1) + torch.tensor([1.0]))
+        self.all.append(self.last)
+        return self.last
+
+
+def test_the_model_is_not_changed() -> None:
+    model = Recording().train()
+    called: list[nn.Module] = []
+    model.body.register_forward_hook(lambda module, args, output: called.append(module))
+    before = [{**vars(module), "_buffers": copy.deepcopy(module._buffers)} for module in model.modules()]
+    random = torch.random.get_rng_state()
+    smoothk.correct_bias(model, smoothk.factorize(model, smoothk.plan_ranks(model, 0.9)))
+    for module, was in zip(model.modules(), before, strict=True):
+        assert vars(module).keys() == was.keys() and module.training
+        for key, value in module._buffers.items():
+            torch.testing.assert_close(value, was["_buffers"][key], rtol=0, atol=0)
+    assert model.all == [] and called == []
+    assert torch.equal(torch.random.get_rng_state(), random)
 
 
 def truncated(model: nn.Module, keep: float = 0.5, **options: str) -> nn.Module:
@@ -249,7 +359,7 @@ CHAINS: dict[str, Callable[[bool], nn.Module]] = {
         norm(8, nn.BatchNorm3d), nn.ReLU(), nn.Conv3d(8, 12, 2, bias=bias).double(), norm(12, nn.BatchNorm3d)
     ),
     "linear": lambda bias: nn.Sequential(
-        norm(16, nn.BatchNorm1d), nn.ReLU(), nn.Linear(16, 12, bias=bias).double(), norm(12, nn.BatchNorm1d)
+        norm(16, nn.BatchNorm1d), nn.Flatten(), nn.Linear(16, 12, bias=bias).double(), norm(12, nn.BatchNorm1d)
     ),
 }
 SIZES = {"conv2d": (3, 3), "groups": (3, 3), "conv1d": (3,), "conv3d": (2, 2, 2), "linear": ()}
@@ -304,6 +414,15 @@ def test_half_precision_and_inference_mode() -> None:
     assert not torch.equal(small[2].bias, model[2].bias)
 
 
+def test_tensors_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = CHAINS["conv2d"](False)
+        small = copy.deepcopy(truncated(model))
+    assert small[3].running_mean.is_inference()
+    smoothk.correct_bias(model, small)
+    assert not torch.equal(small[3].running_mean, model[3].running_mean)
+
+
 def test_an_output_that_others_take_too() -> None:
     """A batch norm's mean can only stand for a layer's bias where nothing else takes that layer's output."""
 
@@ -342,6 +461,12 @@ def test_errors() -> None:
         smoothk.correct_bias(model, "small")
     with pytest.raises(ValueError, match="small must be made from model, but its '2' does not fit"):
         smoothk.correct_bias(model, nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="small must be made from model, but it has no low-rank layer"):
+        smoothk.correct_bias(truncated(model), model)
+    for bias in (False, True):
+        dense = CHAINS["conv2d"](bias)
+        with pytest.raises(ValueError, match="its '2' does not fit"):  # the batch norm behind it was folded away
+            smoothk.correct_bias(dense, smoothk.optimize_for_inference(truncated(dense)))
     model = nn.Sequential(*model, nn.ReLU(), nn.Conv2d(12, 16, 3).double())
     small, other = truncated(model), copy.deepcopy(model)
     other[5] = nn.Conv2d(12, 20, 3).double()

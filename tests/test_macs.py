@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from smoothk import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from smoothk.factor_cache import kept
 from smoothk.macs import count_calls, count_macs
+from smoothk.repeated_call import RepeatedCall
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,17 @@ def test_flops_of_what_the_kernel_would_have_done(method: str, grad: bool) -> No
             counted = layer(x)
     assert 2 * count_macs(layer, x) == counter.get_total_flops()
     torch.testing.assert_close(counted, expected)
+
+
+def test_a_counted_call_is_not_repeated() -> None:
+    """What the counter was given in place of the kernel is nothing to keep."""
+    layer, x = LowRankConv2d(64, 64, 3, 16, padding=1), torch.randn(2, 64, 28, 28)
+    with torch.no_grad():
+        layer(x)
+        before = kept(layer.v, RepeatedCall)
+        with FlopCounterMode(display=False):
+            layer(x)
+        assert kept(layer.v, RepeatedCall) is before
 
 
 def test_calls_are_counted_by_layer_and_every_time() -> None:
