@@ -2,7 +2,7 @@
 
     python benchmarks/cifar10.py --data-dir DIR --out DIR                 # all that is left to do, then the figures
     python benchmarks/cifar10.py --data-dir DIR --out DIR --stage compare:plain:0
-    python benchmarks/cifar10.py --preset short ...                       # the whole network, 8 epochs, hours on a CPU
+    python benchmarks/cifar10.py --preset short ...                       # the whole network, 10 epochs, hours on a CPU
     python benchmarks/cifar10.py --preset full ...                        # the whole network; needs a GPU
 
 A stage is `train:NAME:SEED`, `compare:NAME:SEED`, `latency:NAME:SEED` or `report`. It takes up what an earlier call
@@ -87,22 +87,23 @@ PRESETS = {
         {"plain": {"weight_decay": 2e-3}, "nuclear": {"nuclear": 4e-4}},
     ),
     "short": Preset(
-        "CIFAR-10, ResNet-18, 8 epochs",
+        "CIFAR-10, ResNet-18, 10 epochs",
         {
             "data": "cifar10",
             "arch": "resnet18",
-            "epochs": 8,
+            "epochs": 10,
             "batch_size": 128,
-            "lr": 0.2,
+            "lr": 0.1,  # 0.2 and the small network's weight decay underfit: 85.7 % in 8 epochs
             "warmup": 0.2,
             "crop_padding": 2,
             "flip": "alternating",
             "precision": "bf16",
+            "channels_last": True,  # 1.3 times as fast, with AMX
             "nuclear_every": 8,
             "threads": 1,
         },
-        # The doses of the small network, which is trained as long: none was chosen on this one.
-        {"plain": {"weight_decay": 2e-3}, "nuclear": {"nuclear": 4e-4}},
+        # Learning rate times dose times steps as in the small network: none was chosen on this one.
+        {"nuclear": {"nuclear": 6e-4}},
     ),
     "full": Preset(
         "CIFAR-10, ResNet-18",
