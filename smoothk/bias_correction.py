@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .layers import _LowRank
-from .modes import outside_inference_mode
+from .modes import outside_inference_mode, without_autocast
 from .moments import LayerInput, layer_inputs
+from .tracing import CONVS
 
 
 @outside_inference_mode
@@ -42,8 +43,7 @@ def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
     for name, network in (("model", model), ("small", small)):
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
-    if _is_low_rank(model) and not _is_low_rank(small):
-        raise ValueError("small must be made from model, but it has no low-rank layer, and model has")
+    _check_pair(model, small)
     changes: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for name, seen in layer_inputs(model).items():
@@ -55,6 +55,22 @@ def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
             with torch.inference_mode() if target.is_inference() else nullcontext():
                 target.copy_(value)
     return small
+
+
+def _check_pair(model: nn.Module, small: nn.Module) -> None:
+    """Raise ValueError if a layer shows that ``small`` was not made from ``model``."""
+    if _is_low_rank(model) and not _is_low_rank(small):
+        raise ValueError("small must be made from model, but it has no low-rank layer, and model has")
+    dense = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in small.named_modules():
+        other, begin = dense.get(name), f"small must be made from model, but its {name!r}"
+        if isinstance(layer, _LowRank):
+            expected, weight = list(layer.weight_shape), getattr(other, "weight", None)
+            if not isinstance(weight, Tensor) or list(weight.shape) != expected:
+                got = list(weight.shape) if isinstance(weight, Tensor) else "none"
+                raise ValueError(f"{begin} has a weight of shape {expected}, and that of model {got}")
+        elif type(other) in (nn.Linear, *CONVS) and next(layer.children(), None) is not None:
+            raise ValueError(f"{begin} is a {type(layer).__name__}: correct before smoothk.to_sequential")
 
 
 def _is_low_rank(model: nn.Module) -> bool:
@@ -83,7 +99,8 @@ def _changes(model: nn.Module, small: nn.Module, name: str, seen: LayerInput) ->
 def _shift(dense: nn.Module, layer: _LowRank, mean: Tensor) -> Tensor:
     """What the mean output changes by, where the inputs' is ``mean`` ``[C_in]``."""
     assert isinstance(dense.weight, Tensor)
-    error = layer.weight.double() - dense.weight.double()
+    with without_autocast([layer.u]):
+        error = layer.weight.double() - dense.weight.double()
     groups = getattr(layer, "groups", 1)
     taps = error.reshape(groups, len(error) // groups, error.shape[1], -1).sum(-1)
     return (taps @ mean.to(error.device).reshape(groups, -1, 1)).reshape(-1)

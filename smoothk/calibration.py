@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .macs import run
 from .modes import evaluating
-from .outputs import all_tensors, filled
+from .outputs import all_tensors, not_empty
 
 
 def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = "calibration") -> None:
@@ -24,7 +24,7 @@ def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = 
         raise TypeError(f"{argument} must be an iterable of input batches, got a tensor; pass [tensor]")
     if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
         raise TypeError(f"{argument} must be re-iterable (a list, a DataLoader), got {type(batches).__name__}")
-    for batch in filled(batches, argument):  # noqa: B007
+    for batch in not_empty(batches, argument):  # noqa: B007
         break
     else:
         raise ValueError(f"{argument} must hold at least one batch, got none")

@@ -8,6 +8,7 @@ does not notice a changed byte.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .compress import empty_low_rank_layer, planned_layers, replace_layers
 from .copies import deep_copy
+from .inference import is_optimized
 from .layers import _LowRank
 from .low_rank_conv import check_method
 from .modes import outside_inference_mode
@@ -47,8 +49,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write or replace.
 
     Raises:
-        TypeError: ``model`` is not a module, or its state dict holds something other than the dense tensors of
-            parameters, buffers and extra states.
+        TypeError: ``model`` is not a module, or comes from `optimize_for_inference`, or its state dict holds something
+            other than the dense tensors of parameters, buffers and extra states.
         ValueError: a tensor is on the meta device.
         OSError: the file cannot be written; an existing one is intact.
     """
@@ -56,6 +58,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if is_optimized(model):
+        raise TypeError(
+            "model must be what optimize_for_inference was given, got what it made, which no load can read"
+        )
     tensors, tied = _unique_tensors(model)
     header = {"version": FORMAT_VERSION, "plan": json.loads(_plan_of(model).to_json()), "tied": tied}
     if methods := _methods_of(model):
@@ -116,7 +122,10 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     path = Path(path)
     try:
         if path.is_file() or not path.exists():
-            _atomic_write(Path(os.path.realpath(path)), data)
+            target = Path(os.path.realpath(path))
+            if target.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            _atomic_write(target, data)
         else:
             path.write_bytes(data)
     except OSError as error:
@@ -161,7 +170,8 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             raise TypeError(f"model's state dict must hold tensors only, got {type(value).__name__} for {name!r}")
         if value.is_meta:
             raise ValueError(f"model must hold values, but {name!r} is on the meta device")
-        if value.layout is not torch.strided or value.dtype == torch.complex128:
+        too_wide = value.is_complex() and value.dtype is not torch.complex64
+        if value.layout is not torch.strided or value.is_quantized or too_wide:
             kind = f"{value.layout} tensor of {value.dtype}"
             raise TypeError(f"model's state dict must hold what safetensors can, got a {kind} for {name!r}")
         if name not in places:
@@ -275,6 +285,8 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     in_model: dict[int, int] = {}
     for name, value in wanted.items():
         tensor = tensors[name]
+        if name.endswith(_EXTRA_STATE_KEY_SUFFIX):  # made anew by every call, of any size
+            continue
         if value.shape != tensor.shape:
             raise ValueError(f"{name!r} must have shape {list(value.shape)}, got {list(tensor.shape)}")
         pair = id(value), id(tensor)
@@ -285,9 +297,6 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name!r} is not in the file and has no value on the meta device")
     new: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
-        extra = f"{prefix}.{_EXTRA_STATE_KEY_SUFFIX}" if prefix else _EXTRA_STATE_KEY_SUFFIX
-        if extra in tensors:
-            module.set_extra_state(tensors[extra])
         for slots in (module._parameters, module._buffers):
             for key, old in slots.items():
                 name = f"{prefix}.{key}" if prefix else key
@@ -297,3 +306,10 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     value = tensors[name] if old.is_meta else tensors[name].to(old.device)
                     new[id(old)] = nn.Parameter(value, old.requires_grad) if slots is module._parameters else value
                 slots[key] = new[id(old)]
+    for prefix, module in model.named_modules():
+        extra = f"{prefix}.{_EXTRA_STATE_KEY_SUFFIX}" if prefix else _EXTRA_STATE_KEY_SUFFIX
+        if extra in tensors:
+            try:
+                module.set_extra_state(tensors[extra])
+            except Exception as error:
+                raise ValueError(f"{extra!r} is refused by the model: {error}") from error

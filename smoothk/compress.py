@@ -16,8 +16,8 @@ from .copies import deep_copy
 from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
-from .modes import outside_inference_mode
-from .outputs import filled, first_batches
+from .modes import evaluating, outside_inference_mode
+from .outputs import first_batches, not_empty
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -150,6 +150,9 @@ def compress(
         ValueError, TypeError: as `plan_ranks` and `factorize`; a calibration iterable that can be read only once, is
             empty, or whose first batch is on another device or does not fit the model.
     """
+    for name, value in (("bias_correction", bias_correction), ("refit", refit)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
     small = factorize(model, plan)
     if bias_correction:
@@ -191,52 +194,53 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     norms = [norm for norm in norms if norm.track_running_stats]  # which may be set to False later, to freeze them
     if not norms:
         return model
-    modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-    totals: dict[_BatchNorm, list[Tensor | float]] = {norm: [0.0, 0.0] for norm in norms}
+    totals = {norm: [torch.zeros_like(b, dtype=_wide(b)) for b in _statistics(norm)] for norm in norms}
+    counts = dict.fromkeys(norms, 0)
     undo, handles = list(norms), []
 
-    def add_statistics(norm: _BatchNorm, *_: Any) -> None:
-        for i, buffer in enumerate(_statistics(norm)[:2]):
-            # A mean in half precision would stop moving after some tens of batches.
-            totals[norm][i] += buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+    def add_statistics(norm: _BatchNorm, _: Any, output: Tensor) -> None:
+        if output.numel() == 0:  # an expert that nothing was sent to: the buffers are those of the batch before
+            return
+        counts[norm] += 1
+        for total, buffer in zip(totals[norm], _statistics(norm), strict=True):
+            total += buffer
 
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = 1.0  # the buffers hold the statistics of the last batch
-            norm.train()
-            handles.append(norm.register_forward_hook(add_statistics))
-        count = 0
-        with torch.no_grad():
-            for batch in filled(batches, "batches"):
+    with evaluating(model), torch.no_grad():
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = 1.0  # the buffers hold the statistics of the last batch
+                norm.train()
+                handles.append(norm.register_forward_hook(add_statistics))
+            seen = 0
+            for batch in not_empty(batches, "batches"):
                 run(model, batch)
-                count += 1
-        if not count:
-            raise ValueError("batches must hold at least one batch, got none")
-        for norm in norms:
-            *buffers, tracked = _statistics(norm)
-            if tracked > 0:
-                for buffer, total in zip(buffers, totals[norm], strict=True):
-                    buffer.copy_(total / tracked)
-        undo = [norm for norm in norms if norm.num_batches_tracked == 0]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm in undo:
-            for buffer, value in zip(norm.buffers(), before[norm], strict=True):
-                buffer.copy_(value)
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+                seen += 1
+            if not seen:
+                raise ValueError("batches must hold at least one batch, got none")
+            for norm in norms:
+                for buffer, total in zip(_statistics(norm), totals[norm], strict=True):
+                    buffer.copy_(total / max(counts[norm], 1))
+            undo = [norm for norm in norms if not counts[norm]]
+        finally:
+            for handle in handles:
+                handle.remove()
+            for norm in undo:
+                for buffer, value in zip(norm.buffers(), before[norm], strict=True):
+                    buffer.copy_(value)
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
     return model
 
 
-def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Running mean and variance, and the number of batches that they are of, of a norm that has them."""
-    mean, variance, tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None and variance is not None and tracked is not None
-    return mean, variance, tracked
+def _wide(buffer: Tensor) -> torch.dtype:
+    """A mean in half precision would stop moving after some tens of batches."""
+    return torch.promote_types(buffer.dtype, torch.float32)
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a norm that has them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var

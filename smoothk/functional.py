@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeGuard, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from . import ops, polar, reference
+from .modes import without_autocast
 from .unfolding import check_unfolding
 
 if TYPE_CHECKING:  # slow to import
@@ -336,7 +336,7 @@ def nuclear_norm(
             one = partial(nuclear_norm, unfolding=unfolding, method=method, backend=backend)
             return distributed.gathered_terms(group, lambda weight: one(weight).view(1))
         namespace = _NAMESPACES[_backend.choose(op, backend, group)]
-        with _no_autocast(tensors):
+        with without_autocast(tensors):
             matrices = [_at_least_2d(weight) for weight in group]
             if _backend.in_transform():
                 return reference.nuclear_norm_by_svd(matrices, unfolding=unfolding).view(1)
@@ -362,7 +362,7 @@ def polar_factors(
             results |= {i: distributed.polar_factor(weights[i], one) for i in indices}
             continue
         namespace = _NAMESPACES[_backend.choose(nuclear_op(method), backend, group)]
-        with _no_autocast(group):
+        with without_autocast(group):
             matrices = [_at_least_2d(weight) for weight in group]
             values, factors = getattr(torch.ops, namespace).polar_factors(matrices, unfolding, method)
         for i, weight, value, factor in zip(indices, group, values, factors, strict=True):
@@ -372,9 +372,3 @@ def polar_factors(
 
 def _at_least_2d(weight: Tensor) -> Tensor:
     return weight if weight.dim() > 1 else weight.reshape(1, -1)
-
-
-def _no_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Autocast would run the products inside a decomposition in half precision."""
-    device = tensors[0].device.type if tensors else "cpu"
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -22,15 +22,16 @@ from .tracing import (
     NORMS,
     RELUS,
     called,
-    has_hooks,
     has_one_argument,
     is_addition,
+    is_altered,
     module_of,
     only_input,
     trace,
     writes,
 )
 
+_MARK = "smoothk.optimize_for_inference"
 _LOW_RANK_CONVS = (LowRankConv1d, LowRankConv2d, LowRankConv3d)
 
 
@@ -76,6 +77,11 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     return _optimize(deep_copy(model).eval().requires_grad_(False))
 
 
+def is_optimized(model: nn.Module) -> bool:
+    """Whether `optimize_for_inference` made ``model`` or a part of it."""
+    return any(isinstance(module, fx.GraphModule) and _MARK in module.meta for module in model.modules())
+
+
 def _optimize(model: nn.Module) -> nn.Module:
     if next(model.children(), None) is None:
         return model
@@ -85,6 +91,7 @@ def _optimize(model: nn.Module) -> nn.Module:
             setattr(model, name, _optimize(child))
         return model
     traced = fx.GraphModule(model, graph, type(model).__name__)
+    traced.meta[_MARK] = True
     graph = traced.graph
     modules = dict(traced.named_modules())
     calls = Counter(id(modules[node.target]) for node in graph.nodes if node.op == "call_module")
@@ -105,7 +112,7 @@ def _fold_batch_norms(traced: fx.GraphModule, modules: dict[str, nn.Module], cal
             continue
         if not isinstance(norm, _BatchNorm) or type(norm) not in NORMS or norm.running_mean is None:
             continue
-        if before.target in read or has_hooks(layer) or has_hooks(norm) or not has_one_argument(before):
+        if before.target in read or is_altered(layer) or is_altered(norm) or not has_one_argument(before):
             continue
         folded = _folded(layer, norm) if calls[id(layer)] == calls[id(norm)] == 1 else None
         if folded is None:
@@ -188,7 +195,7 @@ def _can_finish(
     ``relu`` is."""
     layer = module_of(call, modules)
     kinds = _LOW_RANK_CONVS if addition is not None else (*_LOW_RANK_CONVS, LowRankLinear)
-    if layer is None or type(layer) not in kinds or has_hooks(layer):
+    if layer is None or type(layer) not in kinds or is_altered(layer):
         return False
     if len(call.users) > 1 or not has_one_argument(call):
         return False
@@ -206,4 +213,4 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_function":
         return node.target in RELUS
     module = module_of(node, modules)
-    return module is not None and type(module) is nn.ReLU and not has_hooks(module)
+    return module is not None and type(module) is nn.ReLU and not is_altered(module)

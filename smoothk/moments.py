@@ -3,7 +3,7 @@
 What batch norm gives has, by its running statistics, the mean β and the deviation γ in each channel. As independent
 normal variables these go through activations, additions and concatenations, up to the next layers: Nagel, van Baalen,
 Blankevoort & Welling, "Data-free quantization through weight equalization and bias correction" (arXiv 1906.04721),
-section 4.2.1, where it is one ReLU.
+section 4.2.1, where it is one ReLU. Average pooling leaves the mean alone; of the variance no more is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .copies import deep_copy
-from .tracing import CONVS, called, has_hooks, has_one_argument, is_addition, trace, writes
+from .tracing import CONVS, called, has_one_argument, is_addition, is_altered, outputs, trace, writes
 
 _SAMPLES = 1000  # quantiles of the normal distribution that an activation is averaged over
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -51,11 +51,11 @@ _STATISTICS = ("running_mean", "running_var", "weight", "bias")
 
 
 class Channels(NamedTuple):
-    """Mean and variance of each channel, ``[C]`` float64 on the CPU, and the number of axes behind the channels', None
-    where that is not known."""
+    """Mean and variance of each channel, ``[C]`` float64 on the CPU, and the number of axes behind the channels'; None
+    where variance or axes are not known."""
 
     mean: Tensor
-    variance: Tensor
+    variance: Tensor | None
     axes: int | None
 
 
@@ -77,7 +77,8 @@ def layer_inputs(model: nn.Module) -> dict[str, LayerInput]:
 
     Args:
         model: not changed. Of a model that `torch.fx` cannot trace, the parts that it can are looked at, as if all that
-            the model did with them were to call them. Modules with hooks are not looked into.
+            the model did with them were to call them, a `torch.nn.Sequential` as a whole. Modules in it that have
+            hooks or another forward than their class are not looked into.
     """
     copy = deep_copy(model).eval()  # a forward may write to buffers, and keep what it computes
     modules = dict(copy.named_modules(remove_duplicate=False))
@@ -90,7 +91,7 @@ def layer_inputs(model: nn.Module) -> dict[str, LayerInput]:
 def _graphs(model: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:
     if next(model.children(), None) is None:
         return
-    graph = trace(model, has_hooks)
+    graph = trace(model, is_altered)
     if graph is not None:
         yield prefix, graph
         return
@@ -120,8 +121,8 @@ class _Part:
             given = known[node] = self._given(node, module, inputs)
             memory[node] = memory[node.all_input_nodes[0]] if inputs and self._is_view(node, module, given) else node
             if inputs and self._writes(node):
-                written = memory[node.kwargs["out"] if "out" in node.kwargs else node.all_input_nodes[0]]
-                for other in [other for other, made in memory.items() if made is written]:
+                written = {memory[target] for target in outputs(node) or node.all_input_nodes[:1]}
+                for other in [other for other, made in memory.items() if made in written]:
                     known[other] = given if _alike(known[other], given) else None
             if name is None or module is None or calls[id(module)] > 1 or not has_one_argument(node):
                 continue
@@ -155,13 +156,13 @@ class _Part:
     def _norm_behind(self, node: fx.Node, calls: Counter[int]) -> str | None:
         users = [user for user in node.users if not _asks_for_sizes(user)]
         norm = self._module(users[0]) if len(users) == 1 else None
-        if norm is None or not _has_statistics(norm) or has_hooks(norm) or calls[id(norm)] > 1:
+        if norm is None or not _has_statistics(norm) or is_altered(norm) or calls[id(norm)] > 1:
             return None
         return self.names[users[0]]
 
     def _given(self, node: fx.Node, module: nn.Module | None, inputs: list[Channels | None]) -> Channels | None:
         """What ``node`` gives, None where that is not known how."""
-        if module is not None and has_hooks(module):
+        if module is not None and is_altered(module):
             return None
         if module is not None and _has_statistics(module):
             return _normalised(module, self._module(node.all_input_nodes[0]))
@@ -177,7 +178,7 @@ class _Part:
     def _is_view(self, node: fx.Node, module: nn.Module | None, given: Channels | None) -> bool:
         """Whether what ``node`` gives may lie in the memory of its first input."""
         if module is not None:
-            return type(module) in (*_SAME, nn.Flatten, nn.Unflatten) or has_hooks(module) or self._writes(node)
+            return type(module) in (*_SAME, nn.Flatten, nn.Unflatten) or is_altered(module) or self._writes(node)
         return given is None or self._writes(node) or node.target in ("view", "reshape", "flatten", torch.flatten)
 
     def _writes(self, node: fx.Node) -> bool:
@@ -187,7 +188,9 @@ class _Part:
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:
-    return node.target in ("size", "dim") or (node.target is getattr and node.args[1] in ("shape", "ndim"))
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
 
 
 def _takes(layer: nn.Module, x: Channels) -> bool:
@@ -219,7 +222,7 @@ def _normalised(norm: nn.Module, before: nn.Module | None) -> Channels:
     axes = next((axes for kind, axes in ((nn.BatchNorm2d, 2), (nn.BatchNorm3d, 3)) if isinstance(norm, kind)), None)
     if type(before) is nn.Linear and before.out_features == len(mean):
         axes = 0
-    elif isinstance(before, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(before, CONVS):
         axes = len(before.kernel_size)
     return Channels(mean, variance, axes)
 
@@ -230,7 +233,9 @@ def _passed(module: nn.Module, x: Channels) -> Channels | None:
         return _activated(module, x)
     if type(module) is nn.Flatten:
         return x._replace(axes=0) if (module.start_dim, module.end_dim) == (1, -1) else None
-    return x if type(module) in (*_SAME, *_POOLS) else None
+    if type(module) in _POOLS and getattr(module, "divisor_override", None) is None:
+        return x._replace(variance=None)
+    return x if type(module) in _SAME else None
 
 
 def _computed(node: fx.Node, x: Channels) -> Channels | None:
@@ -239,7 +244,8 @@ def _computed(node: fx.Node, x: Channels) -> Channels | None:
     args: tuple[Any, ...] = node.args[1:]
     options: dict[str, Any] = node.kwargs
     if target in _POOL_FUNCTIONS:
-        return x
+        divided = len(args) > 5 or options.get("divisor_override") is not None
+        return None if divided else x._replace(variance=None)
     if target in _FUNCTIONS or (node.op == "call_method" and target in _METHODS):
         call = getattr(Tensor, target) if isinstance(target, str) else target
         return _activated(lambda z: call(*map_arg(node.args, lambda _: z), **map_arg(node.kwargs, lambda _: z)), x)
@@ -249,9 +255,11 @@ def _computed(node: fx.Node, x: Channels) -> Channels | None:
     return x._replace(axes=0) if flat else None
 
 
-def _activated(function: Callable[[Tensor], Tensor], x: Channels) -> Channels:
+def _activated(function: Callable[[Tensor], Tensor], x: Channels) -> Channels | None:
     """By a function of one entry: its mean and variance over quantiles of the normal distribution."""
-    shares = (torch.arange(_SAMPLES, dtype=torch.float64) + 0.5) / _SAMPLES
+    if x.variance is None:
+        return None
+    shares = (torch.arange(_SAMPLES, dtype=torch.float64, device="cpu") + 0.5) / _SAMPLES
     values = function(x.mean + x.variance.sqrt() * torch.special.ndtri(shares)[:, None])
     return x._replace(mean=values.mean(0), variance=values.var(0, correction=0))
 
@@ -260,7 +268,10 @@ def _joined(node: fx.Node, inputs: list[Channels]) -> Channels | None:
     """By an addition, or side by side."""
     if is_addition(node):
         a, b = inputs
-        return Channels(a.mean + b.mean, a.variance + b.variance, a.axes) if _alike(a, b) else None
+        if not _alike(a, b):
+            return None
+        variance = None if a.variance is None or b.variance is None else a.variance + b.variance
+        return Channels(a.mean + b.mean, variance, a.axes)
     options = (node.args[1:], node.kwargs)
     if node.target not in _CONCATENATIONS or options not in (((1,), {}), ((), {"dim": 1})):
         return None
@@ -268,12 +279,15 @@ def _joined(node: fx.Node, inputs: list[Channels]) -> Channels | None:
     parts = [order[part] for part in node.args[0]]  # type: ignore[union-attr, index]
     if any(part.axes != parts[0].axes for part in parts):
         return None
-    return Channels(torch.cat([p.mean for p in parts]), torch.cat([p.variance for p in parts]), parts[0].axes)
+    variances = [part.variance for part in parts if part.variance is not None]
+    variance = torch.cat(variances) if len(variances) == len(parts) else None
+    return Channels(torch.cat([part.mean for part in parts]), variance, parts[0].axes)
 
 
 def _averaged(x: Channels, dim: Any = None, keepdim: bool = False, **options: Any) -> Channels | None:
     """By ``mean`` over axes behind the channels'."""
     dims = {dim} if isinstance(dim, int) else set(dim or ())
+    x = x._replace(variance=None)
     if x.axes is None:
         return x._replace(axes=0) if dims in ({2}, {-1}) and not keepdim else None
     dims = {d if d >= 0 else d + 2 + x.axes for d in dims}

@@ -31,10 +31,10 @@ def is_logits(outputs: list[Tensor]) -> bool:
     return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
 
 
-def filled(batches: Iterable[Any], argument: str) -> Iterator[Any]:
+def not_empty(batches: Iterable[Any], argument: str) -> Iterator[Any]:
     """Every batch; ValueError in terms of ``argument`` for one of empty tensors, whose statistics would be 0."""
     for batch in batches:
-        sizes = [list(tensor.shape) for tensor in all_tensors(batch)]
+        sizes = [list(tensor.shape) for tensor in all_tensors(batch) if tensor.dim()]
         if sizes and all(0 in size for size in sizes):
             raise ValueError(f"{argument} must hold inputs in every batch, got a batch of shape {sizes[0]}")
         yield batch
@@ -43,7 +43,7 @@ def filled(batches: Iterable[Any], argument: str) -> Iterator[Any]:
 def first_batches(batches: Iterable[Any]) -> list[Any]:
     """Whole batches of a calibration until there are `INPUTS` inputs."""
     taken, count = [], 0
-    for batch in filled(batches, "calibration"):
+    for batch in not_empty(batches, "calibration"):
         taken.append(batch)
         first = next(all_tensors(batch), None)
         count += len(first) if first is not None and first.dim() else 1

@@ -32,7 +32,7 @@ from .candidates import find_candidates
 from .layers import Conv, _LowRank
 from .macs import run
 from .modes import evaluating
-from .outputs import filled
+from .outputs import not_empty
 from .regression import Fitted, fit, patches, rows
 from .transposed import as_linear, transposed_linear_types
 
@@ -216,7 +216,7 @@ def _call_order(small: nn.Module, layers: dict[str, nn.Module], batches: Iterabl
         for module in small.modules():
             if isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_pre_hook(normalise))
-        for batch in filled(batches, "batches"):
+        for batch in not_empty(batches, "batches"):
             run(small, batch)
             return order
     finally:
@@ -269,7 +269,7 @@ def _collect(
         for name, (dense, layer) in pairs.items():
             handles.append(dense.register_forward_hook(keep(name)))
             handles.append(layer.register_forward_pre_hook(meet(name), with_kwargs=True))
-        for batch in filled(batches, "batches"):
+        for batch in not_empty(batches, "batches"):
             outputs.update({name: [] for name in pairs})
             for network in (model, small):
                 calls_left = sum(order.calls[name] for name in pairs)

@@ -10,27 +10,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from .layers import _LowRank
 
 # Exact types: a subclass, which a parametrization makes too, may compute something else.
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADDITIONS = (operator.add, torch.add)
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
-IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+
+
+def augmented(x: Any, y: Any, operation: str) -> Any:
+    """``x += y`` and the like as a call: torch.fx prints `operator.iadd` as a statement, which would change the size
+    that two names stand for under both."""
+    return getattr(operator, operation)(x, y)
 
 
 class _Proxy(fx.Proxy):
     """Keeps ``x += y`` what it is: torch.fx makes ``x = x + y`` of it, and another name of x would miss the sum."""
 
 
-def _in_place(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
-    return lambda x, y: x.tracer.create_proxy("call_function", getattr(operator, name), (x, y), {})
+def _record(operation: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda x, y: x.tracer.create_proxy("call_function", augmented, (x, y, operation), {})
 
 
-for _name in IN_PLACE:
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+for _operation in AUGMENTED:
+    setattr(_Proxy, f"__{_operation}__", _record(_operation))
+del _operation
 
 
 class _Tracer(fx.Tracer):
@@ -56,7 +64,7 @@ def trace(model: nn.Module, are_leaves: Callable[[nn.Module], bool] | None = Non
         are_leaves: modules that are not looked into, beside torch's own and the low-rank layers.
     """
     try:
-        if has_hooks(model) or "forward" in vars(model):
+        if is_altered(model):
             raise TypeError("torch.fx reads the forward of the class, and no hooks of the module that it traces")
         if any(p.default is None for p in inspect.signature(model.forward).parameters.values()):
             raise TypeError("torch.fx takes an argument for a tensor where the default is None")
@@ -65,16 +73,24 @@ def trace(model: nn.Module, are_leaves: Callable[[nn.Module], bool] | None = Non
         return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of ``module`` do more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does something else than the forward of its class: hooks, a patched forward."""
+    compiled = "_orig_mod" in module._modules  # has a forward of its own, in which torch.fx does not get far
+    patched = "forward" in vars(module) and not compiled
+    return bool(module._forward_hooks or module._forward_pre_hooks) or patched
 
 
 def is_addition(node: fx.Node) -> bool:
     """Of two tensors, one time each."""
-    named = node.target in ADDITIONS if node.op == "call_function" else node.target in ("add", "add_")
-    two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not node.kwargs
-    return node.op in ("call_function", "call_method") and named and two and node.args[0] is not node.args[1]
+    args = node.args
+    if node.target is augmented:
+        named, args = args[2] == "iadd", args[:2]
+    elif node.op == "call_function":
+        named = node.target in ADDITIONS
+    else:
+        named = node.op == "call_method" and node.target in ("add", "add_")
+    two = len(args) == 2 and all(isinstance(a, fx.Node) for a in args) and not node.kwargs
+    return named and two and args[0] is not args[1]
 
 
 def called(node: fx.Node) -> str:
@@ -106,5 +122,12 @@ def writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     flags = (*node.args, node.kwargs.get("inplace"))  # F.relu(x, True)
-    named = name in (*IN_PLACE, "setitem") or (name.endswith("_") and not name.endswith("__"))
-    return named or "out" in node.kwargs or any(flag is True for flag in flags)
+    named = name in (augmented.__name__, "setitem") or (name.endswith("_") and not name.endswith("__"))
+    return named or bool(outputs(node)) or any(flag is True for flag in flags)
+
+
+def outputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that ``node`` is told to write to, by the keyword ``out``."""
+    found: list[fx.Node] = []
+    map_arg(node.kwargs.get("out"), found.append)  # None is what F.normalize passes
+    return found

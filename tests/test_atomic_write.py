@@ -93,6 +93,13 @@ def test_a_symbolic_link_stays(path: Path) -> None:
     assert {*path.parent.iterdir()} == {link, path}
 
 
+def test_a_link_to_itself_stays(path: Path) -> None:
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links") as error:
+        atomic_write(path, b"data")
+    assert path.is_symlink() and error.value.filename == str(path)
+
+
 def test_a_pipe_is_written_to(path: Path) -> None:
     os.mkfifo(path)
     end = os.open(path, os.O_RDWR | os.O_NONBLOCK)

@@ -233,6 +233,29 @@ def test_a_norm_that_is_called_twice_sees_both_inputs() -> None:
     torch.testing.assert_close(norm.running_var, variance)
 
 
+def test_calls_with_nothing_do_not_count() -> None:
+    """Of an expert that no input of a batch is sent to."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = nn.BatchNorm1d(2, dtype=torch.float64)
+
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            return self.expert(x[chosen])
+
+    x = torch.randn(8, 2, dtype=torch.float64)
+    some, none = torch.arange(8) < 5, torch.zeros(8, dtype=torch.bool)
+    model, start = Routed(), torch.full((2,), 7.0, dtype=torch.float64)
+    model.expert.running_mean.copy_(start)
+    recalibrate_batch_norm(model, [(x, none), (x, none)])
+    assert torch.equal(model.expert.running_mean, start)
+    recalibrate_batch_norm(model, [(x, none), (x, some), (x, none)])
+    mean, variance = mean_of_batches([x[some]])
+    torch.testing.assert_close(model.expert.running_mean, mean)
+    torch.testing.assert_close(model.expert.running_var, variance)
+
+
 def test_what_is_no_model_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got NoneType"):
         recalibrate_batch_norm(None, batches())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import smoothk
 from smoothk.inference import LowRankReLU
@@ -161,6 +162,28 @@ def test_what_is_written_in_place_is_read_as_before(form: str) -> None:
     check(Fixed(Rewriting(), form), torch.randn(2, 4, 6, 6))
 
 
+def test_an_augmented_size_keeps_its_other_names() -> None:
+    """To torch.fx a size is a proxy, too, and ``m *= 4`` must not change ``n``."""
+
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.conv(x))
+            n = m = x.shape[0]
+            m *= 4
+            half = height = x.shape[-2]
+            half //= 2
+            return x.reshape(m, -1).reshape(n, 4, -1)[:, :, :half] + height
+
+    fast = check(with_statistics(Sizes()), torch.randn(2, 4, 6, 6))
+    assert count(fast, nn.BatchNorm2d) == 0
+    x = torch.randn(3, 4, 6, 6)
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
 def test_the_usual_in_place_forms_are_fused() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -270,6 +293,15 @@ def _double(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 def test_layers_that_stay_as_they_are(make: Callable[[], list[nn.Module]]) -> None:
     model = with_statistics(nn.Sequential(*make())).eval()
     assert {type(m) for m in check(model, torch.randn(2, 4, 6, 6)).children()} == {type(m) for m in model}
+
+
+def test_an_optimised_model_is_not_saved(tmp_path: Path) -> None:
+    fast = smoothk.optimize_for_inference(with_statistics(Forms()))
+    for model in (fast, nn.Sequential(copy.deepcopy(fast))):
+        with pytest.raises(TypeError, match="model must be what optimize_for_inference was given, got what it made"):
+            smoothk.save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    smoothk.save(nn.Sequential(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))), tmp_path / "model.safetensors")
 
 
 def test_an_optimised_model_can_be_tuned_and_optimised_again() -> None:

@@ -146,6 +146,15 @@ def test_models_that_keep_activations_are_copied() -> None:
     assert torch.equal(kept[0], model[0].features[0]) and kept[0] is kept[1]["again"] and kept[0].is_leaf
 
 
+def test_models_that_keep_anything_are_copied() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    model.config = {"model": model, "seen": types.SimpleNamespace(output=model(torch.randn(2, 32)))}
+    model.config["self"] = model.config
+    small = compress(model, 0.5).model
+    assert torch.equal(small.config["seen"].output, model.config["seen"].output)
+    assert small.config["self"] is small.config and small.config["model"] is small
+
+
 def test_any_name_of_a_module_excludes_it_from_the_refit() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -191,18 +200,46 @@ def test_extra_states_are_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), small(x))
 
 
+class Logging(nn.Linear):
+    """Its extra state may have any size, and is read when the parameters are there."""
+
+    log, total = "", 0.0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list(self.log.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if len(state) == 0:
+            raise RuntimeError("no log")
+        self.log, self.total = bytes(state.tolist()).decode(), self.weight.sum().item()
+
+
+def test_extra_states_are_set_as_by_torch(tmp_path: Path) -> None:
+    model, path = nn.Sequential(Logging(4, 4)), tmp_path / "model.safetensors"
+    model[0].log = "one step"
+    smoothk.save(model, path)
+    loaded = smoothk.load(lambda: nn.Sequential(Logging(4, 4)), path)
+    assert loaded[0].log == "one step" and loaded[0].total == model[0].weight.sum().item()
+    model[0].log = ""
+    smoothk.save(model, path)
+    with pytest.raises(smoothk.CheckpointError, match="'0._extra_state' is refused by the model: no log"):
+        smoothk.load(model, path)
+
+
 def test_a_state_dict_that_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     def rename(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
         state[f"{prefix}gamma"] = state.pop(f"{prefix}weight")
 
-    renamed, sparse, wide = (nn.Linear(4, 4) for _ in range(3))
+    renamed, sparse, wide, half = (nn.Linear(4, 4) for _ in range(4))
     renamed._register_state_dict_hook(rename)
     sparse.register_buffer("mask", torch.eye(4).to_sparse())
     wide.register_buffer("phase", torch.zeros(4, dtype=torch.complex128))
+    half.register_buffer("phase", torch.view_as_complex(torch.zeros(4, 2, dtype=torch.float16)))
     for model, message in (
         (renamed, "'gamma'"),
         (sparse, "sparse_coo .* for 'mask'"),
         (wide, "complex128 for 'phase'"),
+        (half, "complex32 for 'phase'"),
     ):
         with pytest.raises(TypeError, match=f"model's state dict must hold .*{message}"):
             smoothk.save(model, tmp_path / "model.safetensors")
@@ -325,6 +362,14 @@ def test_hooks_of_a_model_are_called() -> None:
 def test_a_forward_of_one_model_is_called() -> None:
     model = with_statistics(block())
     model.forward = types.MethodType(lambda self, x: self[2](self[1](self[0](x * 2))) + 1, model)
+    assert_same_outputs(model, torch.randn(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_patched_forward_of_a_part_is_called(place: int) -> None:
+    model = with_statistics(block())
+    own = model[place].forward
+    model[place].forward = lambda x: own(x) * 3 + 5
     assert_same_outputs(model, torch.randn(2, 4, 8, 8))
 
 
