@@ -59,9 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if is_optimized(model):
-        raise TypeError(
-            "model must be what optimize_for_inference was given, got what it made, which no load can read"
-        )
+        raise TypeError("model must be what optimize_for_inference was given, got what it made, which no load can read")
     tensors, tied = _unique_tensors(model)
     header = {"version": FORMAT_VERSION, "plan": json.loads(_plan_of(model).to_json()), "tied": tied}
     if methods := _methods_of(model):
