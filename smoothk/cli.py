@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import smoothk
-from smoothk import commands, ranks
+from smoothk import commands, importance, ranks
 from smoothk.recipes import data, models
 from smoothk.recipes.config import FLIPS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
@@ -175,10 +175,21 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="recalibrate batch norm on N unlabelled training images (default: 0, data-free)",
+        help="plan ranks, fit factors, recalibrate batch norm on N unlabelled training images (default: 0, data-free)",
+    )
+    parser.add_argument(
+        "--likelihood",
+        choices=importance.LIKELIHOODS,
+        default="auto",
+        help="what outputs are to --calibrate: logits of classes, a logit in each, or values (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recalibrate", type=int, default=0, metavar="N", help="recalibrate batch norm on N such images, nothing else"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which images (default: %(default)s)")
-    parser.add_argument("--input-shape", type=int, nargs="+", metavar="N", help="of one input, for MACs without images")
+    parser.add_argument(
+        "--input-shape", type=int, nargs="+", metavar="N", help="of one input without a batch axis, for MACs or time"
+    )
     parser.add_argument("--no-evaluate", action="store_true", help="measure no accuracy; needs no images")
     parser.add_argument("--output", metavar="FILE", help="write the compressed model; {keep} stands for the share")
     parser.add_argument("--plan", metavar="FILE", help="write the plan as JSON; {keep} stands for the share")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import smoothk
 from smoothk.checkpoint import MODEL_FILE, CheckpointError, atomic_write, read
+from smoothk.compress import refit_planned
+from smoothk.macs import run
 from smoothk.ranks import check_keep
 from smoothk.recipes import data, models, train
 from smoothk.recipes.compare import Comparison, measure
@@ -131,18 +133,27 @@ def run_evaluate(args: argparse.Namespace) -> Output:
 
 
 def run_compress(args: argparse.Namespace) -> Output:
-    """Plan, factorise, measure, recalibrate, write: once for every size."""
+    """Plan, factorise, refit, recalibrate, measure, write: once for every size."""
     _check_files(args)
-    if args.calibrate < 0:
-        raise UsageError(f"--calibrate must be at least 0, got {args.calibrate}")
-    wants_data = not (args.dry_run or args.no_evaluate) or args.calibrate > 0
-    source = _source(args, with_data=wants_data)
+    if args.calibrate > 0 and args.recalibrate > 0:
+        raise UsageError("give --calibrate, which recalibrates batch norm as well, or --recalibrate, not both")
+    option = "recalibrate" if args.recalibrate else "calibrate"
+    count = getattr(args, option)
+    if count < 0:
+        raise UsageError(f"--{option} must be at least 0, got {count}")
+    source = _source(args, with_data=not (args.dry_run or args.no_evaluate) or count > 0)
     example = source.example(args.input_shape)
-    if args.cost == "macs" and example is None:
-        raise UsageError("--cost macs needs --input-shape, or images")
-    if args.calibrate > 0 and source.dataset is None:
-        raise UsageError("--calibrate needs images: the directory of a run, or --data")
-    results = [_compress_once(args, source, plan, example) for plan in _plans(args, source, example)]
+    if args.cost != "params" and example is None:
+        raise UsageError(f"--cost {args.cost} needs --input-shape, or images")
+    images: data.CalibrationBatches | None = None
+    if count > 0:
+        if source.dataset is None:
+            raise UsageError(f"--{option} needs images: the directory of a run, or --data")
+        if count > (there := len(source.dataset.train_images)):
+            raise UsageError(f"--{option} must be at most the number of training images, {there}, got {count}")
+        images = data.calibration_batches(source.dataset, count, seed=args.seed)
+    plans = _plans(args, source, example, images)
+    results = [_compress_once(args, source, plan, images) for plan in plans]
     return Output([payload for payload, _ in results], "\n\n".join(text for _, text in results))
 
 
@@ -158,21 +169,40 @@ def _check_files(args: argparse.Namespace) -> None:
             raise OSError(f"no such directory: {Path(path).parent}")
 
 
-def _plans(args: argparse.Namespace, source: _Source, example: Tensor | None) -> list[smoothk.RankPlan]:
+def _plans(
+    args: argparse.Namespace, source: _Source, example: Tensor | None, images: data.CalibrationBatches | None
+) -> list[smoothk.RankPlan]:
     if args.from_plan is not None:
         try:
             return [smoothk.RankPlan.from_json(Path(args.from_plan).read_text())]
+        except UnicodeDecodeError:
+            raise ValueError(f"{args.from_plan}: not the JSON of a plan (--plan writes one)") from None
         except ValueError as error:
             raise ValueError(f"{args.from_plan}: {error}") from None
-    options = {name: getattr(args, name) for name in ("method", "scheme", "cost", "rank_multiple", "exclude")}
+    names = ("method", "scheme", "cost", "rank_multiple", "likelihood", "exclude")
+    options = {name: getattr(args, name) for name in names}
     for keep in args.keep:
         check_keep(keep)
+    if args.calibrate > 0:
+        options["calibration"] = images
+    if example is not None:
+        _check_shape(source.model, example, args.input_shape)
     planner = smoothk.RankPlanner(source.model, example_input=example, **options)
     return [planner.plan(keep) for keep in args.keep]
 
 
+def _check_shape(model: nn.Module, example: Tensor, given: list[int] | None) -> None:
+    if given is not None:
+        try:
+            with torch.no_grad():
+                run(model, example)
+        except Exception as error:  # whatever the model raises
+            shape = " ".join(map(str, given))
+            raise UsageError(f"--input-shape must be that of one input of the model, got {shape}: {error}") from None
+
+
 def _compress_once(
-    args: argparse.Namespace, source: _Source, plan: smoothk.RankPlan, example: Tensor | None
+    args: argparse.Namespace, source: _Source, plan: smoothk.RankPlan, images: data.CalibrationBatches | None
 ) -> tuple[dict[str, Any], str]:
     payload: dict[str, Any] = {"keep": plan.keep, "plan": json.loads(plan.to_json())}
     lines = [str(plan)]
@@ -184,6 +214,7 @@ def _compress_once(
     small = smoothk.factorize(source.model, plan)
     if args.bias_correction:
         smoothk.correct_bias(source.model, small)
+        payload["bias_correction"] = True
     measured = None if args.no_evaluate else source.dataset
 
     def note(name: str, label: str, model: nn.Module) -> None:
@@ -192,11 +223,14 @@ def _compress_once(
             lines.append(f"{label:<28}{payload[name]:6.2f} %")
 
     note("dense_accuracy", "dense", source.model)
-    note("accuracy", "compressed, data-free", small)
-    if args.calibrate > 0:
-        assert source.dataset is not None  # `run_compress` has seen to it
-        smoothk.recalibrate_batch_norm(small, data.calibration_batches(source.dataset, args.calibrate, seed=args.seed))
-        note("accuracy_recalibrated", "batch norm recalibrated", small)
+    if images is None or args.recalibrate > 0:
+        note("accuracy", "compressed, data-free", small)
+    if images is not None:
+        if args.calibrate > 0:
+            refit_planned(source.model, small, plan, images, args.likelihood)
+        smoothk.recalibrate_batch_norm(small, images)
+        names = ("calibrated", "calibrated") if args.calibrate > 0 else ("recalibrated", "batch norm recalibrated")
+        note(f"accuracy_{names[0]}", names[1], small)
     if args.output is not None:
         payload["output"] = args.output.replace("{keep}", f"{plan.keep:g}")
         smoothk.save(small, payload["output"])

@@ -124,6 +124,7 @@ def compress(
     keep: float = 0.3,
     calibration: Iterable[Any] | None = None,
     *,
+    likelihood: str = "auto",
     bias_correction: bool = False,
     refit: bool = True,
     **plan_options: Any,
@@ -136,6 +137,7 @@ def compress(
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
             It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
             nothing data-dependent runs.
+        likelihood: what the model's outputs are to ``calibration``, logits or values, see `plan_ranks`.
         bias_correction: whether the mean outputs of the low-rank layers are made those of the dense ones, as the batch
             norms of ``model`` tell them; no input is needed (`smoothk.correct_bias`).
         refit: whether the factors, and linear layers behind the last of them (a classifier that stays dense), are
@@ -153,19 +155,26 @@ def compress(
     for name, value in (("bias_correction", bias_correction), ("refit", refit)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    plan = plan_ranks(model, keep, calibration=calibration, **plan_options)
+    plan = plan_ranks(model, keep, calibration=calibration, likelihood=likelihood, **plan_options)
     small = factorize(model, plan)
     if bias_correction:
         correct_bias(model, small)
     if calibration is not None:
         if refit:
-            excluded = [name for name, layer in plan.layers.items() if layer.reason == "excluded"]
-            importance = None
-            if plan.method == "global":
-                importance = output_importance(model, plan.factorized, first_batches(calibration))
-            refit_factors(model, small, calibration, exclude=excluded, importance=importance)
+            refit_planned(model, small, plan, calibration, likelihood)
         recalibrate_batch_norm(small, calibration)
     return CompressionResult(small, plan, plan.table())
+
+
+def refit_planned(
+    model: nn.Module, small: nn.Module, plan: RankPlan, calibration: Iterable[Any], likelihood: str = "auto"
+) -> None:
+    """Fit what ``plan`` made of ``model`` to ``calibration`` by `smoothk.refit.refit_factors`, as `compress` does."""
+    excluded = [name for name, layer in plan.layers.items() if layer.reason == "excluded"]
+    importance = None
+    if plan.method == "global":
+        importance = output_importance(model, plan.factorized, first_batches(calibration), likelihood)
+    refit_factors(model, small, calibration, exclude=excluded, importance=importance)
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:

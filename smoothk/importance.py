@@ -30,6 +30,8 @@ from .transposed import transposed_linear_types
 from .unfolding import unfold
 
 DRAWS = 32  # gradients in all: each is the sum over a batch, with labels of its own
+LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
+_DOUBT = 0.1  # of the variance of a score, by Gaussian outputs
 
 
 def direction_importance(
@@ -37,6 +39,7 @@ def direction_importance(
     layers: Mapping[str, Conv | nn.Linear],
     schemes: Callable[[Conv | nn.Linear], tuple[str, ...]],
     batches: list[Any],
+    likelihood: str = "auto",
 ) -> dict[str, dict[str, Tensor]]:
     """Mean of ``(σ uᵀ G v)²``, by layer and scheme, ``[full_rank]`` float64, the largest σ first, groups summed.
 
@@ -45,6 +48,7 @@ def direction_importance(
         layers: those of interest; one that the batches do not reach has importance 0.
         schemes: of a layer.
         batches: inputs; at least one.
+        likelihood: of `LIKELIHOODS`, as in `smoothk.plan_ranks`.
     """
     copy = _differentiable_copy(model)
     weights = {name: copy.get_submodule(name).get_parameter("weight") for name in layers}
@@ -58,7 +62,7 @@ def direction_importance(
             factors[name, scheme] = u.to(dtype), v.to(dtype)
             sums[name, scheme] = torch.zeros(u.shape[-1], dtype=torch.float64, device=u.device)
     draws = 0
-    for _, gradients_in in _scores(copy, batches):
+    for _, gradients_in in _scores(copy, batches, likelihood):
         draws += 1
         for (name, layer), gradient in zip(layers.items(), gradients_in(list(weights.values())), strict=True):
             if gradient is None:
@@ -76,7 +80,9 @@ def direction_importance(
     return found
 
 
-def output_importance(model: nn.Module, layers: Collection[str], batches: list[Any]) -> dict[str, Tensor]:
+def output_importance(
+    model: nn.Module, layers: Collection[str], batches: list[Any], likelihood: str = "auto"
+) -> dict[str, Tensor]:
     """Mean of ``g gᵀ``, ``[groups, C_out/groups, C_out/groups]`` float64, by layer, summed over inputs and positions.
 
     ``g`` is the gradient in a layer's output. Positions are those of `smoothk.regression.rows`.
@@ -85,6 +91,7 @@ def output_importance(model: nn.Module, layers: Collection[str], batches: list[A
         model: not changed; a copy is differentiated.
         layers: names of convolutions and linear layers; one that the batches do not reach is left out.
         batches: inputs; at least one.
+        likelihood: of `LIKELIHOODS`, as in `smoothk.plan_ranks`.
 
     Raises:
         ValueError: the model has no differentiable floating-point output, or outputs or gradients with NaN or Inf.
@@ -104,7 +111,7 @@ def output_importance(model: nn.Module, layers: Collection[str], batches: list[A
     sums: dict[str, Tensor] = {}
     reached: list[tuple[str, Tensor]] = []
     draws = 0
-    for is_first, gradients_in in _scores(copy, batches) if layers else ():
+    for is_first, gradients_in in _scores(copy, batches, likelihood) if layers else ():
         draws += 1
         if is_first:
             reached = [(name, output) for name, output in called if output.requires_grad]
@@ -128,7 +135,9 @@ def _differentiable_copy(model: nn.Module) -> nn.Module:
     return copy
 
 
-def _scores(model: nn.Module, batches: list[Any]) -> Iterator[tuple[bool, Callable[[list[Tensor]], Any]]]:
+def _scores(
+    model: nn.Module, batches: list[Any], likelihood: str
+) -> Iterator[tuple[bool, Callable[[list[Tensor]], Any]]]:
     """For every draw whether it is the first since a forward pass, and what finds the gradients of its score."""
     generator = torch.Generator().manual_seed(0)
     draws = math.ceil(DRAWS / len(batches))
@@ -138,21 +147,36 @@ def _scores(model: nn.Module, batches: list[Any]) -> Iterator[tuple[bool, Callab
                 outputs = [t for t in floating_tensors(run(model, batch)) if t.requires_grad]
             if not outputs:
                 raise ValueError("calibration needs a model with differentiable floating-point outputs, got none")
+            kind = likelihood
+            if kind == "auto" and not is_logits(outputs):
+                kind = "gaussian"
             for draw in range(draws):
-                scores = [_score(output, generator, is_logits(outputs)) for output in outputs]
+                scores = [_score(output, generator, kind) for output in outputs]
                 options = {"grad_outputs": scores, "retain_graph": draw + 1 < draws, "allow_unused": True}
                 yield draw == 0, partial(torch.autograd.grad, outputs, **options)
 
 
-def _score(output: Tensor, generator: torch.Generator, logits: bool) -> Tensor:
-    """Gradient of -log p in the output for a drawn target: a class for logits, else a Gaussian around the output with
-    its root mean square as deviation."""
+def _score(output: Tensor, generator: torch.Generator, likelihood: str) -> Tensor:
+    """Gradient of -log p in the output for a drawn target."""
     output = output.detach()
-    if not logits:
-        noise = torch.randn(output.shape, generator=generator, device="cpu").to(output)
-        return noise / output.square().mean().sqrt().clamp_min(torch.finfo(output.dtype).tiny)
-    probabilities = output.float().softmax(1)
+    if likelihood == "gaussian":
+        return _normal(output, generator) / output.square().mean().sqrt().clamp_min(torch.finfo(output.dtype).tiny)
+    bernoulli = likelihood == "bernoulli"
+    if not bernoulli and (output.dim() < 2 or output.shape[1] < 2):
+        raise ValueError(f"likelihood 'categorical' needs outputs [N, classes, ...], got {list(output.shape)}")
+    logits = output.to(torch.promote_types(output.dtype, torch.float32))
+    probabilities = logits.sigmoid() if bernoulli else logits.softmax(1).movedim(1, -1)
     if not torch.isfinite(probabilities).all():
         raise ValueError("calibration must give finite outputs, got NaN or Inf")
-    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(output.device)
-    return probabilities.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=probabilities.dtype)).to(output.dtype)
+    if bernoulli:
+        return (probabilities - torch.bernoulli(probabilities.cpu(), generator=generator).to(logits)).to(output.dtype)
+    drawn = torch.multinomial(probabilities.flatten(0, -2).cpu(), 1, generator=generator)
+    drawn = drawn.reshape(*probabilities.shape[:-1], 1).to(output.device)
+    score = probabilities.scatter_add(-1, drawn, -torch.ones_like(drawn, dtype=probabilities.dtype)).movedim(-1, 1)
+    if likelihood == "auto":  # it may be no logits: what softmax does not see, as a common shift, counts a little
+        score = score + _normal(score, generator) * (_DOUBT * score.square().mean()).sqrt()
+    return score.to(output.dtype)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like)

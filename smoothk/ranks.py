@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from .allocation import METHODS, Choice, allocate
 from .calibration import check_calibration
 from .candidates import check_finite, check_trained, find_candidates
-from .importance import direction_importance
+from .importance import LIKELIHOODS, direction_importance
 from .latency import LayerTimes, measure_layers, measure_model
 from .layers import Conv
 from .macs import LayerCalls, count_calls
@@ -42,6 +42,7 @@ def plan_ranks(
     rank_multiple: int = 1,
     example_input: Tensor | tuple | dict | None = None,
     calibration: Iterable | None = None,
+    likelihood: str = "auto",
     exclude: Iterable[str] = (),
 ) -> RankPlan:
     """Choose every layer's rank so that the whole model costs at most ``keep`` of what it does.
@@ -66,7 +67,11 @@ def plan_ranks(
         calibration: re-iterable of unlabelled input batches, of which the first 512 inputs or a little more are used.
             With ``"global"`` the sum over all layers of the dropped directions' importance to the output is smallest
             instead: the Fisher information of pseudo-labels, see `smoothk.importance`. It takes 32 gradients of a copy
-            of the model, which has to be differentiable; a ``[N, classes]`` output is taken as logits.
+            of the model, which has to be differentiable.
+        likelihood: what the outputs are to ``calibration``: ``"categorical"``, logits of classes along axis 1, as
+            `torch.nn.functional.cross_entropy` takes them; ``"bernoulli"``, a logit in each entry (several labels);
+            ``"gaussian"``, values; ``"auto"``: an output ``[N, d]``, ``d > 1``, is taken for logits of classes, with
+            some doubt, and everything else for values.
         exclude: names of modules to leave dense, with everything inside them.
 
     Returns:
@@ -87,6 +92,7 @@ def plan_ranks(
         rank_multiple=rank_multiple,
         example_input=example_input,
         calibration=calibration,
+        likelihood=likelihood,
         exclude=exclude,
     )
     return planner.plan(keep)
@@ -99,7 +105,7 @@ class RankPlanner:
     the planner is made.
 
     Args:
-        model, method, scheme, cost, rank_multiple, example_input, calibration, exclude: as in `plan_ranks`.
+        model, method, scheme, cost, rank_multiple, example_input, calibration, likelihood, exclude: as in `plan_ranks`.
 
     Raises:
         ValueError, TypeError: as `plan_ranks`, but for ``keep``.
@@ -115,9 +121,10 @@ class RankPlanner:
         rank_multiple: int = 1,
         example_input: Tensor | tuple | dict | None = None,
         calibration: Iterable | None = None,
+        likelihood: str = "auto",
         exclude: Iterable[str] = (),
     ) -> None:
-        _check_options(model, method, scheme, cost, rank_multiple, example_input, calibration)
+        _check_options(model, method, scheme, cost, rank_multiple, example_input, calibration, likelihood)
         found = find_candidates(model)
         layers, refused = _exclude(model, found.layers, found.refused, exclude)
         check_finite(layers)
@@ -138,7 +145,7 @@ class RankPlanner:
         importance: dict[str, dict[str, Tensor]] = {}
         batches = [] if calibration is None or method != "global" else first_batches(calibration)
         if batches:
-            importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches)
+            importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches, likelihood)
         self._method, self._cost = method, cost
         self._choices: dict[str, list[Choice]] = {}
         for name, layer in layers.items():
@@ -222,10 +229,12 @@ def _check_options(
     rank_multiple: int,
     example_input: object,
     calibration: Iterable | None,
+    likelihood: str,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, value, known in (("method", method, METHODS), ("scheme", scheme, SCHEMES), ("cost", cost, COSTS)):
+    options = ("method", method, METHODS), ("scheme", scheme, SCHEMES), ("cost", cost, COSTS)
+    for name, value, known in (*options, ("likelihood", likelihood, LIKELIHOODS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool):

@@ -79,16 +79,25 @@ class Equations(NamedTuple):
     gram: Tensor  # [groups, f, f]
     cross: Tensor  # [groups, rows, f]
     floor: Tensor  # [groups, 1], what rounding leaves of a variance: no direction to fit
+    samples: int
 
     def solution(self, start: Tensor, ridge: float) -> Tensor:
         """By ridge regression towards ``start``, ``[groups, rows, f]``."""
-        damped = _damped(self.gram, ridge, self.floor)
+        damped = self.damped(self.gram, ridge)
         return start + torch.linalg.solve(damped, (self.cross - start @ self.gram).mT).mT
+
+    def damped(self, gram: Tensor, ridge: float) -> Tensor:
+        """``gram`` plus ``ridge`` times its mean diagonal, and more where the samples hardly outnumber its rows: what
+        so few say of the directions is noise. Nothing for a ``ridge`` of 0."""
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        share = ridge + (gram.shape[-1] / self.samples) ** 2 if ridge else 0.0
+        added = share * diagonal.mean(-1, keepdim=True) + self.floor + torch.finfo(gram.dtype).tiny
+        return gram + torch.diag_embed(added.expand_as(diagonal))
 
     def of(self, maps: Tensor) -> Equations:
         """Of what is multiplied by ``maps @ x``, ``maps`` being ``[groups, r, f]``, in place of ``x``."""
         floor = self.floor * maps.square().sum(-1).mean(-1, keepdim=True)
-        return Equations(maps @ self.gram @ maps.mT, self.cross @ maps.mT, floor)
+        return Equations(maps @ self.gram @ maps.mT, self.cross @ maps.mT, floor, self.samples)
 
     def error(self, weight: Tensor, importance: Tensor | None = None) -> float:
         """Mean squared distance to the outputs, but for a constant."""
@@ -118,11 +127,12 @@ def fit(
     if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise ValueError(f"batches must give layer {name!r} finite inputs and outputs, got NaN or Inf")
     floor = moments.eps * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    centred = Equations(gram - x.unsqueeze(-1) * x.unsqueeze(-2), cross - y.unsqueeze(-1) * x.unsqueeze(-2), floor)
+    about_means = gram - x.unsqueeze(-1) * x.unsqueeze(-2), cross - y.unsqueeze(-1) * x.unsqueeze(-2)
+    centred = Equations(*about_means, floor, moments.count)
     variance = (moments.yy / moments.count - y.square().sum(-1)).sum()
     if isinstance(layer, nn.Linear) and not _corresponds(layer, centred, variance):
         return
-    equations = centred if layer.bias is not None or normalised else Equations(gram, cross, floor)
+    equations = centred if layer.bias is not None or normalised else Equations(gram, cross, floor, moments.count)
     if isinstance(layer, nn.Linear):
         weight = _fit_weight(dense, layer, equations, ridge)
     else:
@@ -194,7 +204,7 @@ class _Problem:
             split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
             total = total_of(split[:, :, :, j, :, :, j] for j in range(k_w))
             metric = total.reshape(self.groups, c_in * k_h, -1) / k_w
-        outputs = matrix @ _damped(metric, _METRIC_RIDGE, self.equations.floor) @ matrix.mT
+        outputs = matrix @ self.equations.damped(metric, _METRIC_RIDGE) @ matrix.mT
         u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
         v = u.mT @ matrix
         return u if inverse is None else (inverse @ u.reshape(*inverse.shape[:2], -1)).reshape(u.shape), v
@@ -238,10 +248,3 @@ def _evened(importance: Tensor) -> Tensor:
     size = diagonal.mean(-1)[..., None, None]
     eye = torch.eye(diagonal.shape[-1], dtype=importance.dtype, device=importance.device)
     return torch.where(size > 0, (1 - _ALIKE) * importance / size.clamp_min(1e-300) + _ALIKE * eye, eye)
-
-
-def _damped(gram: Tensor, ridge: float, floor: Tensor) -> Tensor:
-    """``gram`` plus ``ridge`` times its mean diagonal and ``floor`` ``[groups, 1]``."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    added = ridge * diagonal.mean(-1, keepdim=True) + floor + torch.finfo(gram.dtype).tiny
-    return gram + torch.diag_embed(added.expand_as(diagonal))

@@ -19,7 +19,9 @@ from torch import nn
 
 import smoothk
 from smoothk import cli, commands
+from smoothk.recipes import data
 from smoothk.recipes.config import TrainConfig
+from smoothk.recipes.train import load_dataset, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--width", "0.25", "--batch-size", "128", "--lr", "0.1"]
@@ -76,6 +78,9 @@ def test_info(invoke: Invoke) -> None:
         ["compress", "--model", "a:b"],
         ["compress", "run", "--keep", "0.1", "0.2", "--output", "same.safetensors"],
         ["compress", "run", "--calibrate", "-1"],
+        ["compress", "run", "--recalibrate", "-1"],
+        ["compress", "run", "--calibrate", "8", "--recalibrate", "8"],
+        ["compress", "run", "--likelihood", "softmax"],
         ["compress", "run", "--keep", "0.1", "0.2", "--from-plan", "plan.json"],
         ["evaluate", "--model", "a:b", "--weights", "w"],
         ["plot"],
@@ -143,7 +148,7 @@ def test_evaluate_gives_the_accuracy_of_the_run(invoke: Invoke, trained: Path) -
 
 def test_compress_writes_models_and_plans_that_can_be_read(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
     done = invoke(
-        "compress", trained, "--keep", 0.5, 0.3, "--calibrate", 200, "--json",
+        "compress", trained, "--keep", 0.5, 0.3, "--recalibrate", 200, "--json",
         "--output", tmp_path / "{keep}.safetensors", "--plan", tmp_path / "{keep}.json",
     )  # fmt: skip
     assert [result["keep"] for result in done.json] == [0.5, 0.3]
@@ -156,6 +161,53 @@ def test_compress_writes_models_and_plans_that_can_be_read(invoke: Invoke, train
     data_free = invoke("compress", trained, "--from-plan", tmp_path / "0.3.json", "--json").json[0]
     assert data_free["accuracy"] == done.json[1]["accuracy"]
     assert data_free["plan"] == done.json[1]["plan"]
+
+
+def written_by(invoke: Invoke, trained: Path, path: Path, *options: object) -> tuple[dict, nn.Module]:
+    """The payload of a compression, and the model that it wrote."""
+    done = invoke("compress", trained, "--keep", 0.3, "--json", "--output", path, *options)
+    assert done.code == 0, done.err
+    return done.json[0], smoothk.load(load_run(trained)[0], path)
+
+
+def assert_equal_states(model: nn.Module, expected: nn.Module) -> None:
+    states = model.state_dict(), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_calibrate_is_what_compress_does_with_images(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
+    model, config = load_run(trained)
+    batches = data.calibration_batches(load_dataset(config), 200)
+    options = ["--calibrate", 200, "--likelihood", "categorical", "--exclude", "fc"]
+    payload, small = written_by(invoke, trained, tmp_path / "small.safetensors", *options)
+    expected = smoothk.compress(model, 0.3, calibration=batches, likelihood="categorical", exclude=["fc"])
+    assert_equal_states(small, expected.model)
+    assert payload["plan"]["parameters"] == expected.plan.parameters
+    measured = invoke("evaluate", trained, "--weights", tmp_path / "small.safetensors", "--json").json
+    assert payload["accuracy_calibrated"] == measured["accuracy"] and "accuracy" not in payload
+
+
+def test_bias_correction_is_that_of_compress(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
+    payload, small = written_by(invoke, trained, tmp_path / "small.safetensors", "--bias-correction", "--no-evaluate")
+    assert_equal_states(small, smoothk.compress(load_run(trained)[0], 0.3, bias_correction=True).model)
+    assert payload["bias_correction"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibrate", 9999], "--calibrate must be at most the number of training images, 1438, got 9999"),
+        (["--cost", "latency", "--no-evaluate"], "--cost latency needs --input-shape, or images"),
+        (["--cost", "macs", "--input-shape", 1, 1, 8, 8], "--input-shape must be that of one input of the model"),
+        (["--from-plan", "model.safetensors"], "not the JSON of a plan (--plan writes one)"),
+    ],
+)  # fmt: skip
+def test_compress_names_the_option(invoke: Invoke, trained: Path, options: list, message: str) -> None:
+    options = [trained / option if option == "model.safetensors" else option for option in options]
+    done = invoke("compress", trained, *options)
+    assert done.code in (1, 2) and message in one_line(done.err)
 
 
 def test_compress_shows_layers_and_accuracies(invoke: Invoke, trained: Path) -> None:

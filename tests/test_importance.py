@@ -25,7 +25,7 @@ def test_a_classifier_gets_the_exact_fisher(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importance, "DRAWS", 3000)
     model = nn.Sequential(nn.Linear(5, 4)).double()
     x = torch.randn(6, 5, dtype=torch.float64)
-    (found,) = direction_importance(model, dict(find_candidates(model).layers), both, [x]).values()
+    (found,) = direction_importance(model, dict(find_candidates(model).layers), both, [x], "categorical").values()
     u, s, v = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
     p = model(x).detach().softmax(1)
     scores = (p.unsqueeze(1) - torch.eye(4, dtype=torch.float64)) @ u  # [inputs, label, direction]
@@ -47,10 +47,59 @@ def test_outputs_of_a_classifier_get_the_exact_fisher(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importance, "DRAWS", 3000)
     model = nn.Sequential(nn.Linear(5, 4)).double()
     x = torch.randn(6, 5, dtype=torch.float64)
-    (found,) = output_importance(model, ["0"], [x]).values()
+    (found,) = output_importance(model, ["0"], [x], "categorical").values()
     p = model(x).detach().softmax(1)
     exact = torch.diag(p.sum(0)) - p.mT @ p
     torch.testing.assert_close(found, exact[None], rtol=0.1, atol=0.02 * float(exact.max()))
+
+
+EXACT = {  # Fisher information of one output vector, by likelihood
+    "categorical": lambda z: torch.diag_embed(z.softmax(1)) - z.softmax(1).unsqueeze(2) * z.softmax(1).unsqueeze(1),
+    "bernoulli": lambda z: torch.diag_embed(z.sigmoid() * (1 - z.sigmoid())),
+    "gaussian": lambda z: torch.eye(z.shape[1]).double().expand(len(z), -1, -1) / z.square().mean(),
+}
+
+
+@pytest.mark.parametrize("likelihood", importance.LIKELIHOODS)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_scores_have_the_fisher_information_of_their_likelihood(likelihood: str, shape: tuple[int, ...]) -> None:
+    output, generator = torch.randn(5, 4, *shape, dtype=torch.float64) * 2, torch.Generator().manual_seed(1)
+    rows = output.movedim(1, -1).reshape(-1, 4)
+    exact = EXACT["categorical" if likelihood == "auto" else likelihood](rows)
+    if likelihood == "auto":  # and a tenth of what Gaussian outputs would have
+        size = exact.diagonal(dim1=-2, dim2=-1).mean()
+        exact = exact + 0.1 * size * torch.eye(4)
+    times = 10_000
+    score = importance._score(output.repeat(times, *(1,) * (output.dim() - 1)), generator, likelihood)
+    assert score.dtype == output.dtype
+    g = score.movedim(1, -1).reshape(times, -1, 4)
+    torch.testing.assert_close(
+        torch.einsum("tnc,tnd->ncd", g, g) / times, exact, rtol=0.05, atol=0.05 * float(exact.max())
+    )
+
+
+def test_what_all_logits_have_in_common_matters_to_several_labels() -> None:
+    """Softmax does not see it; a network of several labels, or of values, lives on it."""
+    model, shift = nn.Sequential(nn.Linear(5, 4)).double(), torch.full((4, 1), 0.5).double()
+    rest = torch.linalg.qr(torch.eye(4).double() - shift @ shift.mT)[0][:, :3]
+    v = torch.linalg.qr(torch.randn(5, 4).double())[0].mT
+    model[0].weight.data = torch.cat([shift, rest], 1) @ (torch.tensor([4.0, 3.0, 2.0, 1.0])[:, None] * v)
+    layers, x = dict(find_candidates(model).layers), torch.randn(300, 5, dtype=torch.float64)
+    first, second = {}, {}
+    for likelihood in importance.LIKELIHOODS:
+        found = direction_importance(model, layers, both, [x], likelihood)["0"]["channel"]
+        first[likelihood], second[likelihood] = found[:2].tolist()
+    assert first["categorical"] < 1e-9 * second["categorical"]
+    assert first["bernoulli"] > 0.5 * second["bernoulli"] and first["gaussian"] > 0.5 * second["gaussian"]
+    assert 0.05 * second["auto"] < first["auto"] < 0.5 * second["auto"]
+
+
+def test_a_likelihood_that_does_not_fit() -> None:
+    model, x = nn.Sequential(nn.Linear(20, 20), nn.Flatten(0)), torch.randn(8, 20)
+    with pytest.raises(ValueError, match=r"likelihood 'categorical' needs outputs \[N, classes, ...\], got \[160\]"):
+        plan_ranks(model, 0.5, calibration=[x], likelihood="categorical")
+    with pytest.raises(ValueError, match="likelihood must be one of 'auto', 'categorical', .* got 'softmax'"):
+        compress(model, 0.5, calibration=[x], likelihood="softmax")
 
 
 def test_gradients_are_those_of_the_output_itself() -> None:
@@ -69,7 +118,7 @@ def test_gradients_are_those_of_the_output_itself() -> None:
         outputs.append(value)
     generator, total = torch.Generator().manual_seed(0), torch.zeros(1, 4, 4).double()
     for _ in range(importance.DRAWS):
-        score = importance._score(value, generator, logits=True)
+        score = importance._score(value, generator, "auto")
         (g,) = torch.autograd.grad(value, [outputs[0]], score, retain_graph=True)
         total += torch.einsum("nchw,ndhw->cd", g, g)
     torch.testing.assert_close(found["0"], total / importance.DRAWS, rtol=1e-9, atol=1e-12)

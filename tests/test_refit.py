@@ -146,7 +146,7 @@ def test_white_inputs_give_the_truncated_svd(scheme: str) -> None:
     small = LowRankConv2d.from_conv(conv, 3, scheme=scheme)
     eye = torch.eye(54, dtype=torch.float64)[None]
     dense = conv.weight.detach().reshape(1, 8, 54)
-    equations = regression.Equations(eye, dense.clone(), torch.zeros(1, 1).double())
+    equations = regression.Equations(eye, dense.clone(), torch.zeros(1, 1).double(), 100)
     u, v = regression._Problem(conv, small, equations).regressed(0.0)
     expected = small.weight.detach()
     torch.testing.assert_close(fold(u @ v, conv.weight.shape, scheme), expected, rtol=1e-9, atol=1e-9)
