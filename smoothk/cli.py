@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import smoothk
-from smoothk import commands, importance, ranks
+from smoothk import commands, ranks
 from smoothk.recipes import data, models
 from smoothk.recipes.config import FLIPS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
@@ -176,12 +176,6 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="plan ranks, fit factors, recalibrate batch norm on N unlabelled training images (default: 0, data-free)",
-    )
-    parser.add_argument(
-        "--likelihood",
-        choices=importance.LIKELIHOODS,
-        default="auto",
-        help="what outputs are to --calibrate: logits of classes, a logit in each, or values (default: %(default)s)",
     )
     parser.add_argument(
         "--recalibrate", type=int, default=0, metavar="N", help="recalibrate batch norm on N such images, nothing else"

@@ -22,6 +22,8 @@ from smoothk.recipes.compare import Comparison, measure
 from smoothk.recipes.config import TrainConfig
 from smoothk.recipes.methods import count_parameters
 
+_LIKELIHOOD = "categorical"  # of all data sets there are
+
 
 class UsageError(ValueError):
     """Options that do not go together."""
@@ -179,12 +181,11 @@ def _plans(
             raise ValueError(f"{args.from_plan}: not the JSON of a plan (--plan writes one)") from None
         except ValueError as error:
             raise ValueError(f"{args.from_plan}: {error}") from None
-    names = ("method", "scheme", "cost", "rank_multiple", "likelihood", "exclude")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in ("method", "scheme", "cost", "rank_multiple", "exclude")}
     for keep in args.keep:
         check_keep(keep)
     if args.calibrate > 0:
-        options["calibration"] = images
+        options |= {"calibration": images, "likelihood": _LIKELIHOOD}
     if example is not None:
         _check_shape(source.model, example, args.input_shape)
     planner = smoothk.RankPlanner(source.model, example_input=example, **options)
@@ -227,7 +228,7 @@ def _compress_once(
         note("accuracy", "compressed, data-free", small)
     if images is not None:
         if args.calibrate > 0:
-            refit_planned(source.model, small, plan, images, args.likelihood)
+            refit_planned(source.model, small, plan, images, _LIKELIHOOD)
         smoothk.recalibrate_batch_norm(small, images)
         names = ("calibrated", "calibrated") if args.calibrate > 0 else ("recalibrated", "batch norm recalibrated")
         note(f"accuracy_{names[0]}", names[1], small)

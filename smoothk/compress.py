@@ -23,6 +23,8 @@ from .ranks import plan_ranks
 from .refit import refit_factors
 from .report import Table
 
+_WRAPPERS = ("module.", "_orig_mod.")
+
 
 @dataclass(frozen=True)
 class CompressionResult:
@@ -57,6 +59,8 @@ def planned_layers(model: nn.Module, plan: RankPlan) -> dict[str, Conv | nn.Line
     for name, layer in plan.factorized.items():
         if name not in found.layers:
             why = found.refused.get(name, "no such layer")
+            if name.startswith(_WRAPPERS):
+                why += "; its model was in a wrapper (DataParallel, AveragedModel, torch.compile): wrap this one, too"
             raise ValueError(f"plan must fit the model, but it has a rank for layer {name!r}: {why}")
         shape, groups = tuple(found.layers[name].weight.shape), getattr(found.layers[name], "groups", 1)
         if (shape, groups) != (layer.shape, layer.groups):

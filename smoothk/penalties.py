@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ _OF_GRAD = attrgetter("device", "dtype", "layout")
 
 
 def _check_coefficient(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
@@ -54,13 +55,14 @@ class SmoothnessPenalty(nn.Module):
 
     It registers no parameters and has no state of its own but its options, which may be set between calls, and the
     factors of ``every``. The parameters of a module are looked up at every call, so wrappers that replace them
-    (`fully_shard`, ``to_empty``) are followed. Source: Runkel et al., "Smooth Model Compression without Fine-Tuning"
+    (`fully_shard`, ``to_empty``) are followed. Modules are not: build the penalty again when one was added or replaced,
+    as heads are in fine-tuning. Source: Runkel et al., "Smooth Model Compression without Fine-Tuning"
     (arXiv 2505.24469); coefficients and options are our reading.
 
     Args:
-        model: a module, or an iterable of parameters.
+        model: a module, or an iterable of parameters, all of which count: biases, too, and scales of norms.
         first_order, second_order, nuclear: coefficients λ ≥ 0 of the three terms; a term with coefficient 0 is not
-            computed.
+            computed. The first one is not 0 unless it is set: pass ``first_order=0.0`` for another term alone.
         dim, norm, normalized: as in `smoothk.difference_penalty`; ``normalized`` also divides the nuclear norm by
             ``‖W‖_F``.
         unfolding: as in `smoothk.nuclear_norm`.

@@ -8,8 +8,9 @@ on them. The paper's rank rule is not published in detail; the default is our re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,9 @@ class RankPlanner:
             refused.update(dict.fromkeys(idle, "example_input does not reach it"))
             layers = {name: layer for name, layer in layers.items() if name in reached}
         if not layers:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            listed = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in refused.items())
+            if "low-rank already" in refused.values():
+                listed += "; smoothk.decompress makes low-rank layers dense again"
             raise ValueError(f"model has no layer to factorise ({listed or 'no convolution or linear layer'})")
         times: dict[str, LayerTimes] = {}
         if cost == "latency":
@@ -147,6 +150,9 @@ class RankPlanner:
         if batches:
             importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches, likelihood)
         self._method, self._cost = method, cost
+        self._limits = [f"with rank_multiple={rank_multiple}"] if rank_multiple > 1 else []
+        if cost == "params":
+            self._limits += _largest_fixed(model, layers, refused)
         self._choices: dict[str, list[Choice]] = {}
         for name, layer in layers.items():
             measured = reached.get(name), times.get(name), importance.get(name)
@@ -177,12 +183,14 @@ class RankPlanner:
             ValueError, TypeError: ``keep`` is no number in (0, 1], or less than works (the message has the smallest).
         """
         check_keep(keep)
+        keep = float(keep)  # of numpy's, JSON takes float64 alone
         total, choices = self._total, self._choices
         fixed = total - sum(options[-1].cost for options in choices.values())
         budget = math.floor(keep * total)
         smallest = fixed + sum(options[0].cost for options in choices.values())
         if smallest > budget:
-            raise ValueError(f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}")
+            least = f"keep must be at least {_decimal_above(smallest, total)} for this model, got {keep}"
+            raise ValueError("; ".join([least, *self._limits]))
         picked = allocate(choices, budget - fixed, self._method)
         plan = self._plan(picked, keep)
         if self._cost == "latency":
@@ -215,7 +223,7 @@ class RankPlanner:
 
 def check_keep(keep: float) -> None:
     """Raise unless this is a share that may remain."""
-    if not isinstance(keep, int | float) or isinstance(keep, bool):
+    if not isinstance(keep, Real) or isinstance(keep, bool):
         raise TypeError(f"keep must be a number, got {type(keep).__name__}")
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
@@ -262,6 +270,20 @@ def _exclude(
     kept = {name: layer for name, layer in layers.items() if id(model.get_submodule(name)) not in inside}
     out = {name: "excluded" for name in layers if name not in kept}
     return kept, {**refused, **out}
+
+
+def _largest_fixed(model: nn.Module, layers: Collection[str], refused: Mapping[str, str]) -> list[str]:
+    """Which modules that cannot be factorised have the most parameters, and why they cannot."""
+    counts = {
+        name: sum(p.numel() for p in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if name not in layers
+    }
+    largest = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])[:3]
+    reasons = {name: refused.get(name, type(model.get_submodule(name)).__name__) for name in largest}
+    listed = ", ".join(f"{counts[name]:,} parameters of {name or 'the model'!r} ({reasons[name]})" for name in largest)
+    hint = ["smoothk.decompress makes low-rank layers dense again"] if "low-rank already" in reasons.values() else []
+    return [f"not factorised are {listed}", *hint] if listed else []
 
 
 def _check_on_hardware(model: nn.Module) -> None:

@@ -143,6 +143,13 @@ def test_tables_hold_the_means() -> None:
     drops = cifar10_report.drops(comparison).rows
     assert drops[0] == ["plain", 30.0, "0.50 ± 0.71", "0.00 ± 0.71", "0.50 ± 0.71"]
     assert drops[-1][2:] == ["10.20", "9.70", "10.20"]
+    corrected = tuple(replace(row, method="svd-bias") if row.method == "lamp" else row for row in comparison.rows[:-1])
+    table = cifar10_report.drops(replace(comparison, rows=corrected))
+    assert table.columns[2:] == ["data-free", "bias-corrected", "recalibrated", "calibrated"]
+    assert table.rows[0][2:4] == ["0.50 ± 0.71", "10.50 ± 0.71"]
+    assert "plain, bias-corrected" in [
+        line[0] for line in cifar10_report.by_network(replace(comparison, rows=corrected)).rows
+    ]
     smooth = cifar10_report.on_smooth(comparison).rows
     assert [line[0] for line in smooth] == [
         "LAMP channel pruning, plain", "LAMP channel pruning, nuclear 0.0002 (spatial)",

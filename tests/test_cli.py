@@ -80,7 +80,6 @@ def test_info(invoke: Invoke) -> None:
         ["compress", "run", "--calibrate", "-1"],
         ["compress", "run", "--recalibrate", "-1"],
         ["compress", "run", "--calibrate", "8", "--recalibrate", "8"],
-        ["compress", "run", "--likelihood", "softmax"],
         ["compress", "run", "--keep", "0.1", "0.2", "--from-plan", "plan.json"],
         ["evaluate", "--model", "a:b", "--weights", "w"],
         ["plot"],
@@ -180,7 +179,7 @@ def assert_equal_states(model: nn.Module, expected: nn.Module) -> None:
 def test_calibrate_is_what_compress_does_with_images(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
     model, config = load_run(trained)
     batches = data.calibration_batches(load_dataset(config), 200)
-    options = ["--calibrate", 200, "--likelihood", "categorical", "--exclude", "fc"]
+    options = ["--calibrate", 200, "--exclude", "fc"]
     payload, small = written_by(invoke, trained, tmp_path / "small.safetensors", *options)
     expected = smoothk.compress(model, 0.3, calibration=batches, likelihood="categorical", exclude=["fc"])
     assert_equal_states(small, expected.model)

@@ -250,6 +250,7 @@ def test_an_iterator_that_can_be_read_once_is_refused(once) -> None:
         ([(torch.randn(4, 3, 9, 8),) * 2], ValueError, "calibration must hold inputs of the model"),
         ([None, torch.randn(4, 3, 9, 8)], ValueError, "calibration must hold inputs of the model"),
         (["images"], ValueError, "calibration must hold inputs of the model, got <class 'str'>"),
+        ([(torch.randn(4, 3, 9, 8), torch.arange(4))], ValueError, r"\(leave the labels out: \[x for x, _ in"),
         ([torch.randn(4, 3, 9, 8, device="meta")], ValueError, "calibration must be on .* device, cpu, got meta"),
     ],
 )  # fmt: skip
@@ -267,6 +268,12 @@ def test_two_runs_give_the_same_bits() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["bias_correction", "refit"])
+def test_what_is_no_bool_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
+        compress(plain(), 0.85, **{name: "no"})
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +287,9 @@ def test_a_plan_of_another_model_names_the_layer() -> None:
         factorize(other_shape, plan)
     with pytest.raises(ValueError, match=r"plan must fit the model.*layer '\d'.*no such layer"):
         factorize(nn.ModuleDict({"a": nn.Linear(20, 40)}), plan)
+    for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match="no such layer; its model was in a wrapper"):
+            factorize(model, plan_ranks(wrapper, 0.6))
     grouped = nn.Sequential(nn.Conv2d(8, 16, 3, groups=2))
     ungrouped = nn.Sequential(nn.Conv2d(4, 16, 3))
     with pytest.raises(ValueError, match="groups"):

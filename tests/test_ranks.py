@@ -359,6 +359,29 @@ def test_batches_are_tensors_tuples_or_dictionaries(wrap: Callable) -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_message_names_what_takes_the_budget() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.rnn, self.head = nn.Embedding(50, 16), nn.LSTM(16, 64), nn.Linear(64, 50)
+
+    begin = r"keep must be at least 0\.\d+ for this model, got 0\.5; not factorised are "
+    with pytest.raises(
+        ValueError, match=begin + r"20,992 parameters of 'rnn' \(LSTM\), 800 .* 'embedding' \(Embedding\)$"
+    ):
+        plan_ranks(Recurrent(), 0.5)
+    with pytest.raises(ValueError, match="keep must be at least 1 for this model, got 0.5; with rank_multiple=32$"):
+        plan_ranks(nn.Linear(32, 32, bias=False), 0.5, rank_multiple=32)
+    again = smoothk.factorize(perceptron(), plan_ranks(perceptron(), 0.5))
+    with pytest.raises(ValueError, match="low-rank already.*; smoothk.decompress makes low-rank layers dense again"):
+        plan_ranks(again, 0.5)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    plan = plan_ranks(perceptron(), np.float32(0.6))
+    assert RankPlan.from_json(plan.to_json()).keep == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -291,6 +291,24 @@ def test_the_last_low_rank_layer_may_be_one_that_is_not_fitted() -> None:
     assert not torch.equal(small[3].weight, model[3].weight)
 
 
+def test_few_inputs_do_little_harm() -> None:
+    """Eight inputs say nothing of most directions of 64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(decaying(20, 64), nn.ReLU(), decaying(64, 64), nn.ReLU(), nn.Linear(64, 5)).double()
+    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.5))
+    x = torch.randn(3000, 20, dtype=torch.float64)
+
+    def error(count: int) -> float:
+        fitted = copy.deepcopy(small)
+        if count:
+            refit_factors(model, fitted, [x[:count]])
+        with torch.no_grad():
+            return float((fitted(x) - model(x)).square().mean())
+
+    assert error(3000) < 0.8 * error(0)
+    assert error(8) < 3 * error(0)  # 20 times without a larger ridge
+
+
 def test_a_classifier_keeps_what_is_better() -> None:
     model = nn.Sequential(decaying(20, 30), nn.ReLU(), nn.Linear(30, 6)).double()
     small, batches = compress_only(model, "0"), [torch.randn(400, 20, dtype=torch.float64)]

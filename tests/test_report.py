@@ -128,10 +128,16 @@ def test_a_missing_package_is_said_before_any_work(dataset: data.DataSet, monkey
         compare.compare([network("a")], dataset, [0.5], ["svd", "lamp"], title="")
 
 
-def test_calibrated_svd_is_what_compress_makes_of_the_images(dataset: data.DataSet) -> None:
+@pytest.mark.parametrize("method", ["svd", "svd-bias", "svd-images"])
+def test_methods_are_what_compress_makes(dataset: data.DataSet, method: str) -> None:
     model, batches = network("plain").model, data.calibration_batches(dataset, 100)
-    small = methods.METHODS["svd-images"].prepare(model, batches)(0.5)
-    expected = smoothk.compress(model, 0.5, calibration=batches).model.state_dict()
+    small = methods.METHODS[method].prepare(model, batches)(0.5)
+    options = {
+        "svd": {},
+        "svd-bias": {"bias_correction": True},
+        "svd-images": {"calibration": batches, "likelihood": "categorical"},
+    }
+    expected = smoothk.compress(model, 0.5, **options[method]).model.state_dict()
     assert small.state_dict().keys() == expected.keys()
     for name, value in small.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)

@@ -61,8 +61,8 @@ def _svd(label: str, **options: Any) -> Method:
 
 
 def _with_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable[[float], nn.Module]:
-    planner = smoothk.RankPlanner(model, calibration=batches)
-    importance = output_importance(model, planner.layers, first_batches(batches))
+    planner = smoothk.RankPlanner(model, calibration=batches, likelihood="categorical")
+    importance = output_importance(model, planner.layers, first_batches(batches), "categorical")
 
     def compress(keep: float) -> nn.Module:
         small = smoothk.factorize(model, planner.plan(keep))
