@@ -291,11 +291,11 @@ def test_the_last_low_rank_layer_may_be_one_that_is_not_fitted() -> None:
     assert not torch.equal(small[3].weight, model[3].weight)
 
 
-def test_few_inputs_do_little_harm() -> None:
-    """Eight inputs say nothing of most directions of 64."""
-    torch.manual_seed(0)
+def test_few_inputs_do_no_harm() -> None:
+    """They say nothing of most directions of 64: with the ridge alone the errors are 1.5 and 1.3 times those before."""
+    torch.manual_seed(1)
     model = nn.Sequential(decaying(20, 64), nn.ReLU(), decaying(64, 64), nn.ReLU(), nn.Linear(64, 5)).double()
-    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.5))
+    small = smoothk.factorize(model, smoothk.plan_ranks(model, 0.7))
     x = torch.randn(3000, 20, dtype=torch.float64)
 
     def error(count: int) -> float:
@@ -305,8 +305,9 @@ def test_few_inputs_do_little_harm() -> None:
         with torch.no_grad():
             return float((fitted(x) - model(x)).square().mean())
 
-    assert error(3000) < 0.8 * error(0)
-    assert error(8) < 3 * error(0)  # 20 times without a larger ridge
+    before = error(0)
+    assert error(3000) < 0.5 * before
+    assert max(error(8), error(24)) < before
 
 
 def test_a_classifier_keeps_what_is_better() -> None:
