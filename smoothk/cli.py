@@ -138,7 +138,11 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PACKAGE.MODULE:FACTORY", help="in place of RUN: a function that makes the model"
     )
-    parser.add_argument("--weights", metavar="FILE", help="values written by smoothk.save, compressed or not")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="values: a file of smoothk.save, compressed or not, or a state dict (.safetensors, .pt)",
+    )
     parser.add_argument("--data", choices=data.NAMES, help="images to measure with (default: those of RUN)")
     parser.add_argument("--data-dir", metavar="DIR", help="where they are (default: where RUN had them)")
     parser.add_argument("--download", action="store_true", help="fetch the data set if it is not there")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import smoothk
-from smoothk.checkpoint import MODEL_FILE, CheckpointError, atomic_write, read
+from smoothk.checkpoint import MODEL_FILE, CheckpointError, atomic_write, is_smoothk_file, read
 from smoothk.compress import refit_planned
 from smoothk.macs import run
 from smoothk.ranks import check_keep
@@ -104,15 +107,37 @@ def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
         dataset = train.load_dataset(config, download=args.download) if with_data else None
     else:
         if args.weights is None:
-            raise UsageError("--model needs --weights: the file that smoothk.save wrote")
+            raise UsageError("--model needs --weights: a file of smoothk.save, or a state dict")
         with_data = with_data and args.data is not None
         config = _with_data_options(TrainConfig(model=args.model), args)
         dataset = train.load_dataset(config, download=args.download) if with_data else None
         options = {"num_classes": dataset.num_classes, "in_channels": dataset.in_channels} if dataset else {}
         model = models.from_factory(args.model, **options)
     if args.weights is not None:
-        model = smoothk.load(model, args.weights)
+        model = _with_weights(model, Path(args.weights))
     return _Source(model.eval(), config, dataset)
+
+
+def _with_weights(model: nn.Module, path: Path) -> nn.Module:
+    """``model`` with the values of a file: of `smoothk.save`, or a state dict as safetensors or of `torch.save`."""
+    if zipfile.is_zipfile(path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} must hold a state dict, nothing else is unpickled: {reason}") from None
+    elif path.is_file() and not is_smoothk_file(path):
+        state = safetensors.torch.load_file(path)
+    else:
+        return smoothk.load(model, path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        got = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} must hold a state dict, tensors by name, got {got}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
+    return model
 
 
 def _with_data_options(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:

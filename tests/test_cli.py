@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -228,6 +229,39 @@ def test_compress_a_model_of_ones_own(invoke: Invoke, tmp_path: Path, monkeypatc
     assert done.code == 0, done.err
     model = smoothk.load(tiny, small)
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * sum(p.numel() for p in tiny().parameters())
+
+
+def test_state_dicts_of_other_programs_are_weights(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    model = tiny()
+    smoothk.save(model, tmp_path / "own.safetensors")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    files = []
+    for name in ("own.safetensors", "plain.safetensors", "plain.pt"):
+        output = tmp_path / f"small-{name}"
+        done = invoke(
+            "compress", "--model", "test_cli:tiny", "--weights", tmp_path / name, "--keep", 0.6, "--output", output
+        )
+        assert done.code == 0, done.err
+        files.append(output.read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_other_files_are_no_weights(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    path = tmp_path / "weights.pt"
+    for content, message in (
+        ({"model": tiny().state_dict(), "epoch": 3}, "must hold a state dict, tensors by name, got model, epoch"),
+        (torch.ones(2), "must hold a state dict, tensors by name, got Tensor"),
+        (tiny(), "must hold a state dict, nothing else is unpickled"),
+        (wide(8).state_dict(), "does not fit the model: Error(s) in loading state_dict for Sequential: size mismatch"),
+    ):
+        torch.save(content, path)
+        done = invoke("compress", "--model", "test_cli:tiny", "--weights", path)
+        assert done.code == 1 and f"{path} {message}" in one_line(done.err)
 
 
 def wide(width: int = 30) -> nn.Module:
