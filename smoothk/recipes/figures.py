@@ -101,7 +101,8 @@ def _kernels(model: nn.Module) -> dict[str, Tensor]:
 def _weight(model: nn.Module, layer: str) -> Tensor:
     layers = find_candidates(model).layers
     if layer not in layers:
-        raise ValueError(f"layers must name convolutions or linear layers of every network, got {layer!r}")
+        begin = "layers must name convolutions or linear layers of every network"
+        raise ValueError(f"{begin}, got {layer!r}; by themselves networks of one architecture are drawn")
     return layers[layer].weight.detach()
 
 
