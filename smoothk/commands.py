@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -120,6 +119,8 @@ def _source(args: argparse.Namespace, *, with_data: bool) -> _Source:
 
 def _with_weights(model: nn.Module, path: Path) -> nn.Module:
     """``model`` with the values of a file: of `smoothk.save`, or a state dict as safetensors or of `torch.save`."""
+    import safetensors.torch
+
     if zipfile.is_zipfile(path):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -150,14 +150,14 @@ class RankPlanner:
         if batches:
             importance = direction_importance(model, layers, lambda layer: _schemes(layer, scheme), batches, likelihood)
         self._method, self._cost = method, cost
-        self._limits = [f"with rank_multiple={rank_multiple}"] if rank_multiple > 1 else []
-        if cost == "params":
-            self._limits += _largest_fixed(model, layers, refused)
         self._choices: dict[str, list[Choice]] = {}
         for name, layer in layers.items():
             measured = reached.get(name), times.get(name), importance.get(name)
             self._choices[name] = _choices(layer, scheme, cost, rank_multiple, *measured)
         self._parameters = _count_parameters(model)
+        self._limits = [f"with rank_multiple={rank_multiple}"] if rank_multiple > 1 else []
+        if cost == "params":
+            self._limits += _largest_fixed(model, layers, refused)
         self._macs = None if calls is None else sum(c.dense for c in calls.values())
         self._dense = {
             name: _dense_plan(layers.get(name, module), _macs(calls, name), refused.get(name))
