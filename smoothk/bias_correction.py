@@ -16,6 +16,7 @@ from .layers import _LowRank
 from .modes import outside_inference_mode, without_autocast
 from .moments import LayerInput, layer_inputs
 from .tracing import CONVS
+from .transposed import as_linear, transposed_linear_types
 
 
 @outside_inference_mode
@@ -25,9 +26,10 @@ def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
     In place, directly after `smoothk.factorize`; what training or recalibration made of ``small`` since is replaced.
     The shift goes into a layer's bias or, where it has none, into the running mean of the batch norm that alone takes
     its output. The mean input of a layer comes from the batch norms before it, through what `torch.fx` can trace;
-    layers behind something else (layer norm, max pooling, products, hooks) are left as they are. Of a model that cannot
-    be traced as a whole the parts are looked at, as if the model did nothing with them but call them. Borders are taken
-    for full of input. Recalibrating batch norm afterwards replaces what went into its running means.
+    layers behind something else (layer norm, max pooling, products, activations of averages, hooks) are left as they
+    are. Of a model that cannot be traced as a whole the parts are looked at, as if the model did nothing with them but
+    call them, a `torch.nn.Sequential` as a whole. Borders are taken for full of input. Recalibrating batch norm
+    afterwards replaces what went into its running means.
 
     Args:
         model: the dense model, with the running statistics of its training; not changed.
@@ -64,12 +66,14 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
     dense = dict(model.named_modules(remove_duplicate=False))
     for name, layer in small.named_modules():
         other, begin = dense.get(name), f"small must be made from model, but its {name!r}"
+        if isinstance(other, transposed_linear_types()):
+            other = as_linear(other)
         if isinstance(layer, _LowRank):
             expected, weight = list(layer.weight_shape), getattr(other, "weight", None)
             if not isinstance(weight, Tensor) or list(weight.shape) != expected:
                 got = list(weight.shape) if isinstance(weight, Tensor) else "none"
                 raise ValueError(f"{begin} has a weight of shape {expected}, and that of model {got}")
-        elif type(other) in (nn.Linear, *CONVS) and next(layer.children(), None) is not None:
+        elif type(other) in (nn.Linear, *CONVS) and isinstance(layer, nn.Sequential):
             raise ValueError(f"{begin} is a {type(layer).__name__}: correct before smoothk.to_sequential")
 
 

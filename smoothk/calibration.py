@@ -40,7 +40,7 @@ def check_calibration(model: nn.Module, batches: Iterable[Any], argument: str = 
     except Exception as error:  # whatever the model raises
         tensors = list(all_tensors(batch))
         got = ", ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-        labelled = isinstance(batch, tuple | list) and len(tensors) == 2 and not tensors[1].is_floating_point()
+        labelled = isinstance(batch, tuple | list) and len(tensors) == 2 and tensors[1].dim() <= 1
         hint = " (leave the labels out: [x for x, _ in batches])" if labelled else ""
         begin = f"{argument} must hold inputs of the model, got {got or type(batch)}"
         raise ValueError(f"{begin}: {error}{hint}") from error

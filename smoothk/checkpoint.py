@@ -283,7 +283,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     in_model: dict[int, int] = {}
     for name, value in wanted.items():
         tensor = tensors[name]
-        if name.endswith(_EXTRA_STATE_KEY_SUFFIX):  # made anew by every call, of any size
+        if name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX:  # made anew by every call, of any size
             continue
         if value.shape != tensor.shape:
             raise ValueError(f"{name!r} must have shape {list(value.shape)}, got {list(tensor.shape)}")

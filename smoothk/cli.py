@@ -157,7 +157,7 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0.3],
         metavar="SHARE",
-        help="of all parameters (or MACs) that may remain, one or several (default: 0.3)",
+        help="of all parameters (or MACs, or time) that may remain, one or several (default: 0.3)",
     )
     size.add_argument("--from-plan", metavar="FILE", help="follow this plan in place of making one")
     parser.add_argument("--method", choices=ranks.METHODS, default="global", help="rank rule (default: %(default)s)")
@@ -174,14 +174,15 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give back the mean outputs that truncation changes, from batch norm's statistics; needs no images",
     )
-    parser.add_argument(
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument(
         "--calibrate",
         type=int,
         default=0,
         metavar="N",
         help="plan ranks, fit factors, recalibrate batch norm on N unlabelled training images (default: 0, data-free)",
     )
-    parser.add_argument(
+    images.add_argument(
         "--recalibrate", type=int, default=0, metavar="N", help="recalibrate batch norm on N such images, nothing else"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which images (default: %(default)s)")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,24 +119,44 @@ def _with_weights(model: nn.Module, path: Path) -> nn.Module:
     """``model`` with the values of a file: of `smoothk.save`, or a state dict as safetensors or of `torch.save`."""
     import safetensors.torch
 
-    if zipfile.is_zipfile(path):
+    if _is_of_torch(path):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
+        except Exception as error:  # of a damaged archive, too
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} must hold a state dict, nothing else is unpickled: {reason}") from None
+        _check_state(state, path)
     elif path.is_file() and not is_smoothk_file(path):
-        state = safetensors.torch.load_file(path)
+        state = None
     else:
         return smoothk.load(model, path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        got = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path} must hold a state dict, tensors by name, got {got}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = model.to_empty(device="cpu")
     try:
-        model.load_state_dict(state)
+        if state is None:
+            safetensors.torch.load_model(model, path)  # which knows tied weights
+        else:
+            model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
     return model
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether the file begins as an archive or a pickle does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
+
+
+def _check_state(state: Any, path: Path) -> None:
+    begin = f"{path} must hold a state dict, tensors by name, got"
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{begin} a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{begin} a {type(value).__name__} by the name {name!r}")
 
 
 def _with_data_options(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
@@ -163,12 +181,12 @@ def run_evaluate(args: argparse.Namespace) -> Output:
 def run_compress(args: argparse.Namespace) -> Output:
     """Plan, factorise, refit, recalibrate, measure, write: once for every size."""
     _check_files(args)
-    if args.calibrate > 0 and args.recalibrate > 0:
-        raise UsageError("give --calibrate, which recalibrates batch norm as well, or --recalibrate, not both")
     option = "recalibrate" if args.recalibrate else "calibrate"
     count = getattr(args, option)
     if count < 0:
         raise UsageError(f"--{option} must be at least 0, got {count}")
+    if min(args.input_shape or [1]) < 1:
+        raise UsageError(f"--input-shape must hold positive sizes, got {args.input_shape}")
     source = _source(args, with_data=not (args.dry_run or args.no_evaluate) or count > 0)
     example = source.example(args.input_shape)
     if args.cost != "params" and example is None:
@@ -177,9 +195,12 @@ def run_compress(args: argparse.Namespace) -> Output:
     if count > 0:
         if source.dataset is None:
             raise UsageError(f"--{option} needs images: the directory of a run, or --data")
-        if count > (there := len(source.dataset.train_images)):
-            raise UsageError(f"--{option} must be at most the number of training images, {there}, got {count}")
+        there = len(source.dataset.train_images)
+        if not 2 <= count <= there:
+            raise UsageError(f"--{option} must be 0 or 2 to {there}, the number of training images, got {count}")
         images = data.calibration_batches(source.dataset, count, seed=args.seed)
+    if example is not None:
+        _check_shape(source.model, example, "--input-shape" if args.input_shape else "--data")
     plans = _plans(args, source, example, images)
     results = [_compress_once(args, source, plan, images) for plan in plans]
     return Output([payload for payload, _ in results], "\n\n".join(text for _, text in results))
@@ -212,20 +233,17 @@ def _plans(
         check_keep(keep)
     if args.calibrate > 0:
         options |= {"calibration": images, "likelihood": _LIKELIHOOD}
-    if example is not None:
-        _check_shape(source.model, example, args.input_shape)
     planner = smoothk.RankPlanner(source.model, example_input=example, **options)
     return [planner.plan(keep) for keep in args.keep]
 
 
-def _check_shape(model: nn.Module, example: Tensor, given: list[int] | None) -> None:
-    if given is not None:
-        try:
-            with torch.no_grad():
-                run(model, example)
-        except Exception as error:  # whatever the model raises
-            shape = " ".join(map(str, given))
-            raise UsageError(f"--input-shape must be that of one input of the model, got {shape}: {error}") from None
+def _check_shape(model: nn.Module, example: Tensor, option: str) -> None:
+    try:
+        with torch.no_grad():
+            run(model, example)
+    except Exception as error:  # whatever the model raises
+        shape = list(example.shape[1:])
+        raise UsageError(f"{option} must give inputs of the model, got one of shape {shape}: {error}") from None
 
 
 def _compress_once(
@@ -256,8 +274,10 @@ def _compress_once(
         if args.calibrate > 0:
             refit_planned(source.model, small, plan, images, _LIKELIHOOD)
         smoothk.recalibrate_batch_norm(small, images)
-        names = ("calibrated", "calibrated") if args.calibrate > 0 else ("recalibrated", "batch norm recalibrated")
-        note(f"accuracy_{names[0]}", names[1], small)
+        if args.calibrate > 0:
+            note("accuracy_calibrated", "calibrated", small)
+        else:
+            note("accuracy_recalibrated", "batch norm recalibrated", small)
     if args.output is not None:
         payload["output"] = args.output.replace("{keep}", f"{plan.keep:g}")
         smoothk.save(small, payload["output"])

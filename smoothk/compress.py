@@ -17,7 +17,7 @@ from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
 from .macs import run
 from .modes import evaluating, outside_inference_mode
-from .outputs import first_batches, not_empty
+from .outputs import all_tensors, first_batches, not_empty
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -59,8 +59,8 @@ def planned_layers(model: nn.Module, plan: RankPlan) -> dict[str, Conv | nn.Line
     for name, layer in plan.factorized.items():
         if name not in found.layers:
             why = found.refused.get(name, "no such layer")
-            if name.startswith(_WRAPPERS):
-                why += "; its model was in a wrapper (DataParallel, AveragedModel, torch.compile): wrap this one, too"
+            if name.startswith(_WRAPPERS) or any(prefix + name in found.layers for prefix in _WRAPPERS):
+                why += "; one of the two models is in a wrapper (DataParallel, AveragedModel, torch.compile)"
             raise ValueError(f"plan must fit the model, but it has a rank for layer {name!r}: {why}")
         shape, groups = tuple(found.layers[name].weight.shape), getattr(found.layers[name], "groups", 1)
         if (shape, groups) != (layer.shape, layer.groups):
@@ -213,8 +213,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     counts = dict.fromkeys(norms, 0)
     undo, handles = list(norms), []
 
-    def add_statistics(norm: _BatchNorm, _: Any, output: Tensor) -> None:
-        if output.numel() == 0:  # an expert that nothing was sent to: the buffers are those of the batch before
+    def add_statistics(norm: _BatchNorm, args: tuple, output: Any) -> None:
+        if 0 in next(all_tensors([args, output])).shape:  # an expert that nothing was sent to: the buffers are old
             return
         counts[norm] += 1
         for total, buffer in zip(totals[norm], _statistics(norm), strict=True):

@@ -23,7 +23,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor that `copy.deepcopy` would come to, once."""
+    """The tensors in attributes, dictionaries, lists, tuples and sets, however deep, each once."""
     seen: dict[int, Any] = {}  # holds what it has seen, so that no id is used again
     left = [value]
     while left:

@@ -72,6 +72,8 @@ def direction_importance(
                 g = gradient.t() if name in transposed else gradient
                 g = unfold(g, scheme, getattr(layer, "groups", 1)).to(u.dtype)
                 sums[name, scheme] += ((u.mT @ g) * v).sum(-1, dtype=torch.float64).square().sum(0)
+    if likelihood != "gaussian" and not any(total.any() for total in sums.values()):
+        return direction_importance(model, layers, schemes, batches, "gaussian")  # every score is 0: no such logits
     found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, scheme), total in sums.items():
         if not torch.isfinite(total).all():
@@ -124,6 +126,8 @@ def output_importance(
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise ValueError(f"calibration must give finite gradients in layer {name!r}, got NaN or Inf")
+    if likelihood != "gaussian" and not any(total.any() for total in sums.values()):
+        return output_importance(model, layers, batches, "gaussian") if sums else {}
     return {name: total / draws for name, total in sums.items()}
 
 
@@ -159,12 +163,17 @@ def _scores(
 def _score(output: Tensor, generator: torch.Generator, likelihood: str) -> Tensor:
     """Gradient of -log p in the output for a drawn target."""
     output = output.detach()
+    logits = output.to(torch.promote_types(output.dtype, torch.float32))
     if likelihood == "gaussian":
-        return _normal(output, generator) / output.square().mean().sqrt().clamp_min(torch.finfo(output.dtype).tiny)
+        known = logits.isfinite()  # masks are -Inf
+        if logits.isnan().any() or not known.any():
+            raise ValueError("calibration must give finite outputs, got NaN or Inf")
+        deviation = logits[known].square().mean().sqrt().clamp_min(torch.finfo(logits.dtype).tiny)
+        return (_normal(logits, generator) * known / deviation).to(output.dtype)
     bernoulli = likelihood == "bernoulli"
     if not bernoulli and (output.dim() < 2 or output.shape[1] < 2):
-        raise ValueError(f"likelihood 'categorical' needs outputs [N, classes, ...], got {list(output.shape)}")
-    logits = output.to(torch.promote_types(output.dtype, torch.float32))
+        got = f"{list(output.shape)}; for a logit in each entry say 'bernoulli'"
+        raise ValueError(f"likelihood 'categorical' needs outputs [N, classes, ...], got {got}")
     probabilities = logits.sigmoid() if bernoulli else logits.softmax(1).movedim(1, -1)
     if not torch.isfinite(probabilities).all():
         raise ValueError("calibration must give finite outputs, got NaN or Inf")

@@ -31,7 +31,7 @@ from .tracing import (
     writes,
 )
 
-_MARK = "smoothk.optimize_for_inference"
+_MARK = "_made_by_optimize_for_inference"
 _LOW_RANK_CONVS = (LowRankConv1d, LowRankConv2d, LowRankConv3d)
 
 
@@ -79,7 +79,8 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether `optimize_for_inference` made ``model`` or a part of it."""
-    return any(isinstance(module, fx.GraphModule) and _MARK in module.meta for module in model.modules())
+    parts = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    return any(_MARK in part.meta or hasattr(part, _MARK) for part in parts)
 
 
 def _optimize(model: nn.Module) -> nn.Module:
@@ -91,7 +92,8 @@ def _optimize(model: nn.Module) -> nn.Module:
             setattr(model, name, _optimize(child))
         return model
     traced = fx.GraphModule(model, graph, type(model).__name__)
-    traced.meta[_MARK] = True
+    traced.meta[_MARK] = True  # goes into copies,
+    setattr(traced, _MARK, True)  # and this through pickle
     graph = traced.graph
     modules = dict(traced.named_modules())
     calls = Counter(id(modules[node.target]) for node in graph.nodes if node.op == "call_module")

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .copies import deep_copy
-from .tracing import CONVS, called, has_one_argument, is_addition, is_altered, outputs, trace, writes
+from .tracing import CONVS, called, has_one_argument, is_addition, is_altered, out_arguments, trace, writes
 
 _SAMPLES = 1000  # quantiles of the normal distribution that an activation is averaged over
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -121,7 +121,7 @@ class _Part:
             given = known[node] = self._given(node, module, inputs)
             memory[node] = memory[node.all_input_nodes[0]] if inputs and self._is_view(node, module, given) else node
             if inputs and self._writes(node):
-                written = {memory[target] for target in outputs(node) or node.all_input_nodes[:1]}
+                written = {memory[target] for target in out_arguments(node) or node.all_input_nodes[:1]}
                 for other in [other for other, made in memory.items() if made in written]:
                     known[other] = given if _alike(known[other], given) else None
             if name is None or module is None or calls[id(module)] > 1 or not has_one_argument(node):

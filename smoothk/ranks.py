@@ -70,9 +70,10 @@ def plan_ranks(
             instead: the Fisher information of pseudo-labels, see `smoothk.importance`. It takes 32 gradients of a copy
             of the model, which has to be differentiable.
         likelihood: what the outputs are to ``calibration``: ``"categorical"``, logits of classes along axis 1, as
-            `torch.nn.functional.cross_entropy` takes them; ``"bernoulli"``, a logit in each entry (several labels);
-            ``"gaussian"``, values; ``"auto"``: an output ``[N, d]``, ``d > 1``, is taken for logits of classes, with
-            some doubt, and everything else for values.
+            `torch.nn.functional.cross_entropy` takes them (not the last axis, where language models have them);
+            ``"bernoulli"``, a logit in each entry (several labels); ``"gaussian"``, values; ``"auto"``: an only output
+            ``[N, d]``, ``d > 1``, is taken for logits of classes, with some doubt, and everything else for values.
+            Several outputs are taken alike.
         exclude: names of modules to leave dense, with everything inside them.
 
     Returns:
@@ -274,11 +275,13 @@ def _exclude(
 
 def _largest_fixed(model: nn.Module, layers: Collection[str], refused: Mapping[str, str]) -> list[str]:
     """Which modules that cannot be factorised have the most parameters, and why they cannot."""
-    counts = {
-        name: sum(p.numel() for p in module.parameters(recurse=False))
-        for name, module in model.named_modules()
-        if name not in layers
-    }
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(map(id, new))
+        if name not in layers:
+            counts[name] = sum(p.numel() for p in new)
     largest = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])[:3]
     reasons = {name: refused.get(name, type(model.get_submodule(name)).__name__) for name in largest}
     listed = ", ".join(f"{counts[name]:,} parameters of {name or 'the model'!r} ({reasons[name]})" for name in largest)

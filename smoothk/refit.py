@@ -105,8 +105,8 @@ def refit_factors(
         batches: re-iterable of input batches: a tensor, or the tuple or dict of the model's arguments. Some hundred
             inputs each, where there is batch norm, and some thousand in all.
         ridge: weight of the distance to the dense weight, as a share of the inputs' mean square; at least 0. It decides
-            in directions that the inputs do not reach. Unless it is 0, ``(f / n)²`` is added for ``n`` samples of ``f``
-            entries: a fit to few samples is a fit to their noise.
+            in directions that the inputs do not reach. Unless it is 0, ``(f / n)³`` is added for ``n`` samples of ``f``
+            entries, as it is to the small ridges of what follows: a fit to few samples is a fit to their noise.
         together: layers fitted in one pass; more are faster, and see inputs that the others of the pass do not change.
         exclude: names of layers to leave as they are.
         importance: by layer, a positive semidefinite ``[groups, C_out/groups, C_out/groups]``: what an error of the

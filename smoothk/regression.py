@@ -90,7 +90,7 @@ class Equations(NamedTuple):
         """``gram`` plus ``ridge`` times its mean diagonal, and more where the samples hardly outnumber its rows: what
         so few say of the directions is noise. Nothing for a ``ridge`` of 0."""
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        share = ridge + (gram.shape[-1] / self.samples) ** 2 if ridge else 0.0
+        share = ridge + (gram.shape[-1] / self.samples) ** 3 if ridge else 0.0
         added = share * diagonal.mean(-1, keepdim=True) + self.floor + torch.finfo(gram.dtype).tiny
         return gram + torch.diag_embed(added.expand_as(diagonal))
 

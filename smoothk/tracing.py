@@ -76,7 +76,7 @@ def trace(model: nn.Module, are_leaves: Callable[[nn.Module], bool] | None = Non
 def is_altered(module: nn.Module) -> bool:
     """Whether a call of ``module`` does something else than the forward of its class: hooks, a patched forward."""
     compiled = "_orig_mod" in module._modules  # has a forward of its own, in which torch.fx does not get far
-    patched = "forward" in vars(module) and not compiled
+    patched = bool(vars(module).keys() & {"forward", "_conv_forward"}) and not compiled
     return bool(module._forward_hooks or module._forward_pre_hooks) or patched
 
 
@@ -123,10 +123,10 @@ def writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     flags = (*node.args, node.kwargs.get("inplace"))  # F.relu(x, True)
     named = name in (augmented.__name__, "setitem") or (name.endswith("_") and not name.endswith("__"))
-    return named or bool(outputs(node)) or any(flag is True for flag in flags)
+    return named or bool(out_arguments(node)) or any(flag is True for flag in flags)
 
 
-def outputs(node: fx.Node) -> list[fx.Node]:
+def out_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensors that ``node`` is told to write to, by the keyword ``out``."""
     found: list[fx.Node] = []
     map_arg(node.kwargs.get("out"), found.append)  # None is what F.normalize passes

@@ -256,6 +256,16 @@ def test_calls_with_nothing_do_not_count() -> None:
     torch.testing.assert_close(model.expert.running_var, variance)
 
 
+def test_a_norm_that_gives_more_than_its_output() -> None:
+    class Both(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    model, x = Both(2, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    recalibrate_batch_norm(model, [x])
+    torch.testing.assert_close(model.running_mean, x.mean(0))
+
+
 def test_what_is_no_model_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got NoneType"):
         recalibrate_batch_norm(None, batches())

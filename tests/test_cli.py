@@ -198,16 +198,18 @@ def test_bias_correction_is_that_of_compress(invoke: Invoke, trained: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--calibrate", 9999], "--calibrate must be at most the number of training images, 1438, got 9999"),
+        (["--calibrate", 9999], "--calibrate must be 0 or 2 to 1438, the number of training images, got 9999"),
+        (["--recalibrate", 1], "--recalibrate must be 0 or 2 to 1438"),
         (["--cost", "latency", "--no-evaluate"], "--cost latency needs --input-shape, or images"),
-        (["--cost", "macs", "--input-shape", 1, 1, 8, 8], "--input-shape must be that of one input of the model"),
+        (["--input-shape", 1, -8, 8], "--input-shape must hold positive sizes, got [1, -8, 8]"),
+        (["--cost", "macs", "--input-shape", 1, 1, 8, 8], "--input-shape must give inputs of the model, got one of"),
         (["--from-plan", "model.safetensors"], "not the JSON of a plan (--plan writes one)"),
     ],
 )  # fmt: skip
 def test_compress_names_the_option(invoke: Invoke, trained: Path, options: list, message: str) -> None:
     options = [trained / option if option == "model.safetensors" else option for option in options]
     done = invoke("compress", trained, *options)
-    assert done.code in (1, 2) and message in one_line(done.err)
+    assert done.code == (1 if options[0] == "--from-plan" else 2) and message in one_line(done.err)
 
 
 def test_compress_shows_layers_and_accuracies(invoke: Invoke, trained: Path) -> None:
@@ -239,29 +241,43 @@ def test_state_dicts_of_other_programs_are_weights(
     smoothk.save(model, tmp_path / "own.safetensors")
     safetensors.torch.save_file(model.state_dict(), tmp_path / "plain.safetensors")
     torch.save(model.state_dict(), tmp_path / "plain.pt")
+    torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     files = []
-    for name in ("own.safetensors", "plain.safetensors", "plain.pt"):
+    for name in ("own.safetensors", "plain.safetensors", "plain.pt", "old.pth"):
         output = tmp_path / f"small-{name}"
         done = invoke(
             "compress", "--model", "test_cli:tiny", "--weights", tmp_path / name, "--keep", 0.6, "--output", output
         )
         assert done.code == 0, done.err
         files.append(output.read_bytes())
-    assert files[0] == files[1] == files[2]
+    assert len(files) == 4 and len(set(files)) == 1
+    meta = ["--model", "test_cli:on_meta", "--weights", tmp_path / "plain.pt", "--keep", 0.6]
+    assert invoke("compress", *meta, "--output", tmp_path / "meta").code == 0
+    assert (tmp_path / "meta").read_bytes() == files[0]
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return tiny()
 
 
 def test_other_files_are_no_weights(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     path = tmp_path / "weights.pt"
     for content, message in (
-        ({"model": tiny().state_dict(), "epoch": 3}, "must hold a state dict, tensors by name, got model, epoch"),
-        (torch.ones(2), "must hold a state dict, tensors by name, got Tensor"),
+        ({**tiny().state_dict(), "epoch": 3}, "must hold a state dict, tensors by name, got a int by the name 'epoch'"),
+        ({0: torch.ones(2)}, "must hold a state dict, tensors by name, got a Tensor by the name 0"),
+        (torch.ones(2), "must hold a state dict, tensors by name, got a Tensor"),
         (tiny(), "must hold a state dict, nothing else is unpickled"),
         (wide(8).state_dict(), "does not fit the model: Error(s) in loading state_dict for Sequential: size mismatch"),
     ):
         torch.save(content, path)
         done = invoke("compress", "--model", "test_cli:tiny", "--weights", path)
         assert done.code == 1 and f"{path} {message}" in one_line(done.err)
+    torch.save(tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+    done = invoke("compress", "--model", "test_cli:tiny", "--weights", path)
+    assert done.code == 1 and "must hold a state dict" in one_line(done.err)
 
 
 def wide(width: int = 30) -> nn.Module:

@@ -237,3 +237,5 @@ def test_calibration_batches_are_re_iterable_training_images_without_labels() ->
     assert {x.numpy().tobytes() for x in torch.cat(first)} <= crops
     with pytest.raises(ValueError, match="count must be between 1 and 1438 training images, got 1439"):
         data.calibration_batches(dataset, 1439)
+    assert [len(batch) for batch in data.calibration_batches(dataset, 41, 20)] == [20, 21]  # one image makes no batch
+    assert [len(batch) for batch in data.calibration_batches(dataset, 1, 20)] == [1]

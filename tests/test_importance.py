@@ -94,9 +94,34 @@ def test_what_all_logits_have_in_common_matters_to_several_labels() -> None:
     assert 0.05 * second["auto"] < first["auto"] < 0.5 * second["auto"]
 
 
+@pytest.mark.parametrize("likelihood", ["auto", "categorical", "bernoulli"])
+def test_outputs_that_saturate_are_values(likelihood: str) -> None:
+    """Softmax and sigmoid of such are 0 and 1: every score is 0, which says nothing."""
+    model, x = nn.Sequential(nn.Linear(5, 4, bias=False)), torch.randn(6, 5)
+    model[0].weight.data *= 1e6
+    layers = dict(find_candidates(model).layers)
+    found, expected = (direction_importance(model, layers, both, [x], kind) for kind in (likelihood, "gaussian"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    outputs = [output_importance(model, ["0"], [x], kind)["0"] for kind in (likelihood, "gaussian")]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    assert found["0"]["channel"].min() > 0 and outputs[0].any()
+
+
+def test_values_beside_masks_and_in_half_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masked = importance._score(torch.tensor([[3.0, -math.inf, 4.0, 5.0]]), generator, "gaussian")
+    assert masked[0, 1] == 0 and masked.count_nonzero() == 3
+    large = importance._score(torch.full((5, 4), 1e4, dtype=torch.float16), generator, "gaussian")
+    assert large.dtype is torch.float16 and 0.5e-4 < large.float().square().mean().sqrt() < 2e-4
+    with pytest.raises(ValueError, match="calibration must give finite outputs, got NaN or Inf"):
+        importance._score(torch.tensor([[math.nan, 1.0]]), generator, "gaussian")
+
+
 def test_a_likelihood_that_does_not_fit() -> None:
     model, x = nn.Sequential(nn.Linear(20, 20), nn.Flatten(0)), torch.randn(8, 20)
-    with pytest.raises(ValueError, match=r"likelihood 'categorical' needs outputs \[N, classes, ...\], got \[160\]"):
+    with pytest.raises(
+        ValueError, match=r"likelihood 'categorical' needs outputs \[N, classes, ...\], got \[160\]; .* 'bernoulli'"
+    ):
         plan_ranks(model, 0.5, calibration=[x], likelihood="categorical")
     with pytest.raises(ValueError, match="likelihood must be one of 'auto', 'categorical', .* got 'softmax'"):
         compress(model, 0.5, calibration=[x], likelihood="softmax")

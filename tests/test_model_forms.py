@@ -226,6 +226,15 @@ def test_extra_states_are_set_as_by_torch(tmp_path: Path) -> None:
         smoothk.load(model, path)
 
 
+def test_a_buffer_by_a_name_like_that_is_a_buffer(tmp_path: Path) -> None:
+    models = nn.Linear(4, 4), nn.Linear(4, 4)
+    for size, model in enumerate(models):
+        model.register_buffer("my_extra_state", torch.zeros(3 + size))
+    smoothk.save(models[0], tmp_path / "model.safetensors")
+    with pytest.raises(smoothk.CheckpointError, match=r"'my_extra_state' must have shape \[4\], got \[3\]"):
+        smoothk.load(models[1], tmp_path / "model.safetensors")
+
+
 def test_a_state_dict_that_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     def rename(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
         state[f"{prefix}gamma"] = state.pop(f"{prefix}weight")
@@ -370,6 +379,13 @@ def test_a_patched_forward_of_a_part_is_called(place: int) -> None:
     model = with_statistics(block())
     own = model[place].forward
     model[place].forward = lambda x: own(x) * 3 + 5
+    assert_same_outputs(model, torch.randn(2, 4, 8, 8))
+
+
+def test_a_patched_convolution_is_called() -> None:
+    model = with_statistics(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    own = model[0]._conv_forward
+    model[0]._conv_forward = lambda x, weight, bias: own(x, weight, bias) * 3
     assert_same_outputs(model, torch.randn(2, 4, 8, 8))
 
 

@@ -372,6 +372,10 @@ def test_a_message_names_what_takes_the_budget() -> None:
         plan_ranks(Recurrent(), 0.5)
     with pytest.raises(ValueError, match="keep must be at least 1 for this model, got 0.5; with rank_multiple=32$"):
         plan_ranks(nn.Linear(32, 32, bias=False), 0.5, rank_multiple=32)
+    head = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50, bias=False))
+    head[1].weight = head[0].weight
+    with pytest.raises(ValueError, match=r"not factorised are 800 parameters of '0' \(Embedding\)$"):
+        plan_ranks(nn.Sequential(head[0], nn.Linear(16, 16, bias=False), head[1]), 0.5)
     again = smoothk.factorize(perceptron(), plan_ranks(perceptron(), 0.5))
     with pytest.raises(ValueError, match="low-rank already.*; smoothk.decompress makes low-rank layers dense again"):
         plan_ranks(again, 0.5)

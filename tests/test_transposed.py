@@ -52,6 +52,12 @@ def as_linears(model: nn.Module) -> nn.Module:
     return result
 
 
+def test_bias_correction_leaves_it_alone() -> None:
+    model, x = block(), torch.randn(2, 5, 16).double()
+    plain, corrected = (smoothk.compress(model, 0.6, bias_correction=correct).model for correct in (False, True))
+    assert torch.equal(plain(x), corrected(x))
+
+
 def test_it_is_compressed_as_a_linear_layer_is(tmp_path: Path) -> None:
     model, x = block(), torch.randn(2, 5, 16).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}

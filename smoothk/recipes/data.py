@@ -167,7 +167,7 @@ class CalibrationBatches:
     Args:
         dataset: where the training images are taken from.
         count: how many of them, at most all.
-        batch_size: images in a batch; the last one may be smaller.
+        batch_size: images in a batch; the last one may be smaller, or larger by one image, which makes no batch.
         seed: decides which images.
     """
 
@@ -182,14 +182,16 @@ class CalibrationBatches:
         images = dataset.train_images[chosen.to(dataset.train_images.device)]
         self.images = augment(images, dataset.augmentation, generator)
         self.normalization = dataset.normalization
-        self.batch_size = batch_size
+        self._batches = list(self.images.split(batch_size))
+        if len(self._batches) > 1 and len(self._batches[-1]) == 1:  # batch norm has no statistics of one
+            self._batches[-2:] = [self.images[-len(self._batches[-2]) - 1 :]]
 
     def __iter__(self) -> Iterator[Tensor]:
-        for images in self.images.split(self.batch_size):
+        for images in self._batches:
             yield normalize(images, self.normalization)
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return len(self._batches)
 
 
 def calibration_batches(
