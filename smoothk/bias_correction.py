@@ -26,10 +26,10 @@ def correct_bias(model: nn.Module, small: nn.Module) -> nn.Module:
     In place, directly after `smoothk.factorize`; what training or recalibration made of ``small`` since is replaced.
     The shift goes into a layer's bias or, where it has none, into the running mean of the batch norm that alone takes
     its output. The mean input of a layer comes from the batch norms before it, through what `torch.fx` can trace;
-    layers behind something else (layer norm, max pooling, products, activations of averages, hooks) are left as they
-    are. Of a model that cannot be traced as a whole the parts are looked at, as if the model did nothing with them but
-    call them, a `torch.nn.Sequential` as a whole. Borders are taken for full of input. Recalibrating batch norm
-    afterwards replaces what went into its running means.
+    layers behind something else (layer norm, max pooling, products, activations of averages or of sums of branches,
+    hooks) are left as they are. Of a model that cannot be traced as a whole the parts are looked at, as if the model
+    did nothing with them but call them, a `torch.nn.Sequential` as a whole. Borders are taken for full of input.
+    Recalibrating batch norm afterwards replaces what went into its running means.
 
     Args:
         model: the dense model, with the running statistics of its training; not changed.

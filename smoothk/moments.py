@@ -1,9 +1,10 @@
 """Mean and variance of every channel that a layer gets, from the batch norms before it; no input is looked at.
 
-What batch norm gives has, by its running statistics, the mean β and the deviation γ in each channel. As independent
-normal variables these go through activations, additions and concatenations, up to the next layers: Nagel, van Baalen,
+What batch norm gives has, by its running statistics, the mean β and the deviation γ in each channel. As normal
+variables these go through activations and concatenations, up to the next layers: Nagel, van Baalen,
 Blankevoort & Welling, "Data-free quantization through weight equalization and bias correction" (arXiv 1906.04721),
-section 4.2.1, where it is one ReLU. Average pooling leaves the mean alone; of the variance no more is known.
+section 4.2.1, where it is one ReLU. Average pooling leaves the mean alone and additions add means; of the variance no
+more is known, for pixels and branches are not independent, and so nothing of an activation of these.
 """
 
 from __future__ import annotations
@@ -268,10 +269,7 @@ def _joined(node: fx.Node, inputs: list[Channels]) -> Channels | None:
     """By an addition, or side by side."""
     if is_addition(node):
         a, b = inputs
-        if not _alike(a, b):
-            return None
-        variance = None if a.variance is None or b.variance is None else a.variance + b.variance
-        return Channels(a.mean + b.mean, variance, a.axes)
+        return Channels(a.mean + b.mean, None, a.axes) if _alike(a, b) else None
     options = (node.args[1:], node.kwargs)
     if node.target not in _CONCATENATIONS or options not in (((1,), {}), ((), {"dim": 1})):
         return None

@@ -110,14 +110,14 @@ def test_a_channel_that_does_not_vary() -> None:
 
 
 class Joined(nn.Module):
-    """Two branches behind two batch norms, joined, a ReLU, a convolution."""
+    """Two branches behind two batch norms, joined, a convolution."""
 
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor], channels: int = 6) -> None:
         super().__init__()
         self.a, self.b, self.conv, self.join = norm(), norm(), nn.Conv2d(channels, 3, 1).double(), join
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.conv(F.relu(self.join(self.a(x), self.b(y))))
+        return self.conv(self.join(self.a(x), self.b(y)))
 
 
 def _added(x: Tensor, y: Tensor) -> Tensor:
@@ -128,13 +128,14 @@ def _added(x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("join", "channels"),
     [(lambda x, y: x + y, 6), (_added, 6), (lambda x, y: torch.add(x, y), 6), (lambda x, y: x.add_(y), 6),
-     (lambda x, y: torch.cat([y, x], 1), 12), (lambda x, y: torch.cat((x, y, x), dim=1), 18)],
+     (lambda x, y: x.relu() + y.sigmoid(), 6), (lambda x, y: F.relu(torch.cat([y, x], 1)), 12),
+     (lambda x, y: torch.cat((x, y, x), dim=1).relu(), 18)],
 )  # fmt: skip
 def test_means_behind_two_branches(join: Callable, channels: int) -> None:
     model = Joined(join, channels)
     seen = layer_inputs(model)["conv"]
     x, y = normal_input(model.a, 1, 1), normal_input(model.b, 1, 1)
-    torch.testing.assert_close(seen.mean, means(F.relu(join(model.a(x), model.b(y)))), atol=0.1, rtol=0)
+    torch.testing.assert_close(seen.mean, means(join(model.a(x), model.b(y))), atol=0.1, rtol=0)
 
 
 class Classifier(nn.Module):
@@ -237,8 +238,8 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "by position": lambda: Functional(lambda x: F.avg_pool2d(x, 2, 2, 0, False, True, 1)),
     "a ReLU of averages": lambda: _chain(nn.AvgPool2d(2), nn.ReLU()),
     "a ReLU of means": lambda: Functional(lambda x: F.relu(x.mean((2, 3), keepdim=True))),
-    "a ReLU of averages and others": lambda: Joined(lambda x, y: x + F.adaptive_avg_pool2d(y, 1)),
-    "a ReLU of averages beside others": lambda: Joined(lambda x, y: torch.cat([F.avg_pool2d(x, 1), y], 1), 12),
+    "a ReLU of a sum": lambda: Joined(lambda x, y: F.relu(x + y)),
+    "a ReLU of averages beside others": lambda: Joined(lambda x, y: F.relu(torch.cat([F.avg_pool2d(x, 1), y], 1)), 12),
     "mean of all": lambda: Classifier(lambda x: x.mean()),
     "more features than channels": lambda: _chain(nn.Flatten(), last=nn.Linear(24, 6).double()),
     "a layer used twice": lambda: _twice(nn.Conv2d(6, 6, 1).double()),
