@@ -288,7 +288,7 @@ def test_a_plan_of_another_model_names_the_layer() -> None:
     with pytest.raises(ValueError, match=r"plan must fit the model.*layer '\d'.*no such layer"):
         factorize(nn.ModuleDict({"a": nn.Linear(20, 40)}), plan)
     for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
-        with pytest.raises(ValueError, match="no such layer; its model was in a wrapper"):
+        with pytest.raises(ValueError, match="no such layer; one of the two models is in a wrapper"):
             factorize(model, plan_ranks(wrapper, 0.6))
     grouped = nn.Sequential(nn.Conv2d(8, 16, 3, groups=2))
     ungrouped = nn.Sequential(nn.Conv2d(4, 16, 3))
