@@ -325,11 +325,11 @@ def _chapter(directory: Path, added: str) -> str:
         " ".join(["SVD with global ranks; mean and standard deviation over seeds.", *explained]),
         drops(comparison).to_markdown(),
         f"![Points below dense]({pictures}/accuracy.png)",
-        "### Do pruning and folding do better on smooth networks?",
-        on_smooth(comparison).to_markdown(),
-        "### Parameters, MACs and time",
-        cost(comparison, timed).to_markdown(),
     ]
+    smooth = on_smooth(comparison)
+    if len(smooth.rows) > 1:
+        parts += ["### Do pruning and folding do better on smooth networks?", smooth.to_markdown()]
+    parts += ["### Parameters, MACs and time", cost(comparison, timed).to_markdown()]
     if timed:
         machine = timed["provenance"]["machine"]
         where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {timed['provenance']['date']}"
