@@ -131,6 +131,8 @@ def _with_weights(model: nn.Module, path: Path) -> nn.Module:
     else:
         return smoothk.load(model, path)
     if any(parameter.is_meta for parameter in model.parameters()):
+        if unsaved := sorted(dict(model.named_buffers()).keys() - model.state_dict().keys()):
+            raise CheckpointError(f"{path} does not fit the model: {unsaved[0]!r} has no value on the meta device")
         model = model.to_empty(device="cpu")
     try:
         if state is None:

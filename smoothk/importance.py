@@ -31,7 +31,8 @@ from .unfolding import unfold
 
 DRAWS = 32  # gradients in all: each is the sum over a batch, with labels of its own
 LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
-_DOUBT = 0.1  # of the variance of a score, by Gaussian outputs
+_NOT_FINITE = "calibration must give finite outputs, got NaN or Inf"
+_DOUBT = 0.1  # variance of the noise in a score of "auto", as a share of the score's own
 
 
 def direction_importance(
@@ -161,30 +162,46 @@ def _scores(
 
 
 def _score(output: Tensor, generator: torch.Generator, likelihood: str) -> Tensor:
-    """Gradient of -log p in the output for a drawn target."""
-    output = output.detach()
-    logits = output.to(torch.promote_types(output.dtype, torch.float32))
+    """Gradient of -log p(target) in ``output``, of its shape and dtype, for a target drawn from p.
+
+    With z the output: "categorical" ``softmax(z) - onehot(class)``, "bernoulli" ``sigmoid(z) - label``, "gaussian"
+    ``noise / deviation``, the deviation being the root mean square of z. "auto" is "categorical" and a share of noise.
+    """
+    z = output.detach().to(torch.promote_types(output.dtype, torch.float32))
     if likelihood == "gaussian":
-        known = logits.isfinite()  # masks are -Inf
-        if logits.isnan().any() or not known.any():
-            raise ValueError("calibration must give finite outputs, got NaN or Inf")
-        deviation = logits[known].square().mean().sqrt().clamp_min(torch.finfo(logits.dtype).tiny)
-        return (_normal(logits, generator) * known / deviation).to(output.dtype)
-    bernoulli = likelihood == "bernoulli"
-    if not bernoulli and (output.dim() < 2 or output.shape[1] < 2):
-        got = f"{list(output.shape)}; for a logit in each entry say 'bernoulli'"
-        raise ValueError(f"likelihood 'categorical' needs outputs [N, classes, ...], got {got}")
-    probabilities = logits.sigmoid() if bernoulli else logits.softmax(1).movedim(1, -1)
-    if not torch.isfinite(probabilities).all():
-        raise ValueError("calibration must give finite outputs, got NaN or Inf")
-    if bernoulli:
-        return (probabilities - torch.bernoulli(probabilities.cpu(), generator=generator).to(logits)).to(output.dtype)
-    drawn = torch.multinomial(probabilities.flatten(0, -2).cpu(), 1, generator=generator)
-    drawn = drawn.reshape(*probabilities.shape[:-1], 1).to(output.device)
-    score = probabilities.scatter_add(-1, drawn, -torch.ones_like(drawn, dtype=probabilities.dtype)).movedim(-1, 1)
-    if likelihood == "auto":  # it may be no logits: what softmax does not see, as a common shift, counts a little
-        score = score + _normal(score, generator) * (_DOUBT * score.square().mean()).sqrt()
+        score = _gaussian_score(z, generator)
+    elif likelihood == "bernoulli":
+        probabilities = _checked(z.sigmoid())
+        score = probabilities - torch.bernoulli(probabilities.cpu(), generator=generator).to(z)
+    else:
+        score = _categorical_score(z, generator)
+        if likelihood == "auto":  # it may be no logits: what softmax does not see, as a common shift, counts a little
+            score = score + _normal(score, generator) * (_DOUBT * score.square().mean()).sqrt()
     return score.to(output.dtype)
+
+
+def _categorical_score(z: Tensor, generator: torch.Generator) -> Tensor:
+    if z.dim() < 2 or z.shape[1] < 2:
+        got = f"{list(z.shape)}; for a logit in each entry say 'bernoulli'"
+        raise ValueError(f"likelihood 'categorical' needs outputs [N, classes, ...], got {got}")
+    probabilities = _checked(z.softmax(1)).movedim(1, -1)
+    drawn = torch.multinomial(probabilities.flatten(0, -2).cpu(), 1, generator=generator)
+    drawn = drawn.reshape(*probabilities.shape[:-1], 1).to(z.device)
+    return probabilities.scatter_add(-1, drawn, -torch.ones_like(drawn, dtype=z.dtype)).movedim(-1, 1)
+
+
+def _gaussian_score(z: Tensor, generator: torch.Generator) -> Tensor:
+    known = z.isfinite()  # masks are -Inf
+    if z.isnan().any() or not known.any():
+        raise ValueError(_NOT_FINITE)
+    deviation = z[known].square().mean().sqrt().clamp_min(torch.finfo(z.dtype).tiny)
+    return _normal(z, generator) * known / deviation
+
+
+def _checked(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise ValueError(_NOT_FINITE)
+    return values
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,10 +1,10 @@
 """Mean and variance of every channel that a layer gets, from the batch norms before it; no input is looked at.
 
 What batch norm gives has, by its running statistics, the mean β and the deviation γ in each channel. As normal
-variables these go through activations and concatenations, up to the next layers: Nagel, van Baalen,
-Blankevoort & Welling, "Data-free quantization through weight equalization and bias correction" (arXiv 1906.04721),
-section 4.2.1, where it is one ReLU. Average pooling leaves the mean alone and additions add means; of the variance no
-more is known, for pixels and branches are not independent, and so nothing of an activation of these.
+variables these go through activations and concatenations, up to the next layers: Nagel, van Baalen, Blankevoort &
+Welling, "Data-free quantization through weight equalization and bias correction" (arXiv 1906.04721), section 4.2.1,
+where it is one ReLU. Average pooling leaves the mean alone and additions add means; of the variance no more is known,
+for pixels and branches are not independent, and so nothing of an activation of these.
 """
 
 from __future__ import annotations

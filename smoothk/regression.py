@@ -79,7 +79,7 @@ class Equations(NamedTuple):
     gram: Tensor  # [groups, f, f]
     cross: Tensor  # [groups, rows, f]
     floor: Tensor  # [groups, 1], what rounding leaves of a variance: no direction to fit
-    samples: int
+    samples: int  # that they are of
 
     def solution(self, start: Tensor, ridge: float) -> Tensor:
         """By ridge regression towards ``start``, ``[groups, rows, f]``."""

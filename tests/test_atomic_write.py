@@ -14,7 +14,7 @@ import pytest
 from small_models import perceptron
 from torch import nn
 
-from smoothk import compress, load, save
+from smoothk import load, save
 from smoothk.checkpoint import atomic_write
 
 
@@ -23,27 +23,21 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.fixture
-def saved(path: Path) -> Path:
-    """A compressed perceptron's file."""
-    save(compress(perceptron(), 0.6).model, path)
-    return path
-
-
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    before = saved.read_bytes()
+    save(perceptron(), path)
+    before = path.read_bytes()
     monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match="No space left"):
-        save(perceptron(), saved)
+        save(perceptron(), path)
     monkeypatch.undo()
-    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
-    load(perceptron, saved)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    load(perceptron, path)
 
 
 def test_a_real_full_disk_leaves_nothing_behind(path: Path) -> None:
@@ -67,15 +61,16 @@ resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only directories")
-def test_a_read_only_directory(saved: Path) -> None:
-    before = saved.read_bytes()
-    saved.parent.chmod(0o555)
+def test_a_read_only_directory(path: Path) -> None:
+    save(perceptron(), path)
+    before = path.read_bytes()
+    path.parent.chmod(0o555)
     try:
         with pytest.raises(PermissionError):
-            save(perceptron(), saved)
+            save(perceptron(), path)
     finally:
-        saved.parent.chmod(0o755)
-    assert saved.read_bytes() == before
+        path.parent.chmod(0o755)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")

@@ -254,6 +254,14 @@ def test_state_dicts_of_other_programs_are_weights(
     meta = ["--model", "test_cli:on_meta", "--weights", tmp_path / "plain.pt", "--keep", 0.6]
     assert invoke("compress", *meta, "--output", tmp_path / "meta").code == 0
     assert (tmp_path / "meta").read_bytes() == files[0]
+    done = invoke("compress", "--model", "test_cli:with_hidden_buffer", "--weights", tmp_path / "plain.pt")
+    assert done.code == 1 and "'0.scale' has no value on the meta device" in one_line(done.err)
+
+
+def with_hidden_buffer() -> nn.Module:
+    model = on_meta()
+    model[0].register_buffer("scale", torch.ones(1, device="meta"), persistent=False)
+    return model
 
 
 def on_meta() -> nn.Module:
