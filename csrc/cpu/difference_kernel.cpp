@@ -49,13 +49,6 @@ SMOOTHK_INLINE void write(T* p, V x) {
   }
 }
 
-// Asks for the line that lies kPrefetched bytes on. Past the end of an array nothing happens.
-constexpr int64_t kLine = 64, kPrefetched = 512;
-template <int kWrite, class T>
-SMOOTHK_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetched, kWrite);
-}
-
 SMOOTHK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // phi(d) and its derivative, of numbers or vectors. A NaN comes through every branch.
@@ -194,10 +187,6 @@ SMOOTHK_INLINE void down_block(const Stencil<T>& s, const T* w, int64_t pitch, G
   }
   unrolled<kBlock>(SMOOTHK_EACH(i) {
     constexpr int r = i;
-    if constexpr (second && sizeof(V) == kLine) {  // worth it where it was measured: AVX-512; first order gains nothing
-      prefetch<0>(w + (r + ahead) * pitch);
-      prefetch<1>(out + r * out_pitch);
-    }
     const V next = read<V>(w + (r + ahead) * pitch), d1_next = next - x;
     V g = read<V>(out + r * out_pitch);
     if constexpr (first) {
