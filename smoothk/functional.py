@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -264,11 +264,7 @@ def accumulate_difference_penalty(
 
             return distributed.accumulate_difference_penalty(ws, gs, factors, orders, **options, backend=backend)
         if chosen != "torch":
-            accumulate = getattr(torch.ops, _NAMESPACES[chosen]).difference_penalty_accumulate_
-            terms = accumulate(gs, ws, factors, orders, dim, norm, normalized, eps)
-            if not torch.compiler.is_compiling():  # autograd is to know that gradients were written to
-                torch.autograd.graph.increment_version([grad for grad in gs if not grad.is_inference()])
-            return terms
+            return accumulate_by_kernel(chosen, gs, ws, factors, orders, dim, norm, normalized, eps)
         return reference.total_of(_accumulate_one(w, g, factors) for w, g in zip(ws, gs, strict=True))
 
     def _accumulate_one(weight: Tensor, grad: Tensor, factors: Tensor) -> Tensor:
@@ -283,6 +279,14 @@ def accumulate_difference_penalty(
         groups = choose_backends("difference_penalty", backend, weights, grads)
     values = [values_of(indices, chosen) for indices, chosen in groups]
     return _total(weights, len(orders), [indices for indices, _ in groups], values)
+
+
+def accumulate_by_kernel(backend: str, grads: Sequence[Tensor], *arguments: Any) -> Tensor:
+    """`accumulate_difference_penalty` of weights that one kernel takes, or refuses before it has written anything."""
+    terms = getattr(torch.ops, _NAMESPACES[backend]).difference_penalty_accumulate_.default(grads, *arguments)
+    if not torch.compiler.is_compiling():  # autograd is to know that gradients were written to
+        torch.autograd.graph.increment_version([grad for grad in grads if not grad.is_inference()])
+    return terms
 
 
 def nuclear_norm(

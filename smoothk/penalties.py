@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backend import NAMES, PLAIN, in_transform
+from .backend import NAMES, in_transform
 from .functional import (
     accumulate_difference_penalty,
     check_axes,
@@ -23,14 +22,12 @@ from .functional import (
     nuclear_op,
 )
 from .nuclear import NuclearTerm, Weights
-from .reference import axes_of, result_dtype
+from .penalty_calls import EPS, Again, Call, check_grads, grads_of, kind_of
+from .reference import axes_of
 from .selection import Select, select_weights
 from .unfolding import check_unfolding
 
 TERMS = ("first_order", "second_order", "nuclear")
-_EPS = 1e-8
-_OF_WEIGHT = attrgetter("requires_grad", "device", "dtype", "layout", "shape")
-_OF_GRAD = attrgetter("device", "dtype", "layout")
 
 
 def _check_coefficient(name: str, value: float) -> float:
@@ -39,6 +36,12 @@ def _check_coefficient(name: str, value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
     return float(value)
+
+
+def _sum_of(terms: Sequence[Tensor]) -> Tensor:
+    """Of all entries of 1-dim tensors, with as few launches on a GPU as can be."""
+    whole = terms[0] if len(terms) == 1 else torch.cat([*terms])
+    return whole[0] if len(whole) == 1 else whole.sum()
 
 
 class SmoothnessPenalty(nn.Module):
@@ -88,8 +91,7 @@ class SmoothnessPenalty(nn.Module):
     DDP or FSDP2 average gradients, nor on a precision to which FSDP2 casts parameters between forward and backward.
     """
 
-    # What the last `accumulate_grad` was called for, and how it went about it.
-    _last: tuple[list[Any] | None, _Call] | None = None
+    _again: Again | None = None  # of the last `accumulate_grad`
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class SmoothnessPenalty(nn.Module):
 
     @norm.setter
     def norm(self, norm: str) -> None:
-        check_difference_options(1, norm, _EPS)
+        check_difference_options(1, norm, EPS)
         self._norm = norm
 
     @property
@@ -218,24 +220,31 @@ class SmoothnessPenalty(nn.Module):
 
         Raises:
             TypeError: a ``.grad`` is not dense. Nothing has been changed then.
-            ValueError: a ``.grad`` is an expanded tensor, of which several entries are one, or some weights are on the
-                meta device and have a nuclear norm to be taken; nothing has been changed.
+            ValueError: a ``.grad`` is an expanded tensor, of which several entries are one, or some weights, but not
+                all, are on the meta device; nothing has been changed.
             BackendUnavailable: the backend asked for by name cannot run every term; nothing has been changed either.
         """
+        repeats = not torch.compiler.is_compiling() and not in_transform()
+        if repeats and self._again is not None and self._scale:
+            terms = self._again.accumulate(self._scaled_on(self._again.active[0].device), self._settings)
+            if terms is not None:
+                return _sum_of([terms])
         named = self._current()
         current = list(named.values())
         if self._is_off:
-            return torch.zeros((), **_kind(current))
-        grads = [weight.grad for weight in current]
-        call = self._call_for(named, grads)
-        if not call.active:
-            return torch.zeros((), **call.kind)
-        weights = [current[i] for i in call.active]
-        scaled, terms, has_nuclear = self._scaled_on(call.kind["device"]), [], self.coefficients["nuclear"] != 0
+            return torch.zeros((), **kind_of(current))
+        call = self._prepare(named)
+        if repeats and not self.coefficients["nuclear"]:
+            self._again = Again.of(call, self._settings, self._weights, current)
+        return self._accumulate(call, named) if call.active else torch.zeros((), **call.kind)
+
+    def _accumulate(self, call: Call, named: Mapping[str, nn.Parameter]) -> Tensor:
+        active = {name: weight for i, (name, weight) in enumerate(named.items()) if i in call.active}
+        weights, scaled, terms = list(active.values()), self._scaled_on(call.kind["device"]), []
         if call.orders:
-            into: list[Any] = [grads[i] for i in call.active]
             for i in call.without_grad:  # what has none afterwards is in no group
-                weights[i].grad = into[i] = torch.zeros_like(weights[i])
+                weights[i].grad = torch.zeros_like(weights[i])
+            into: list[Any] = [weight.grad for weight in weights]
             own = scaled if len(scaled) == len(call.orders) else scaled[: len(call.orders)]
             try:
                 terms.append(accumulate_difference_penalty(weights, into, own, call.orders, **call.options))
@@ -243,37 +252,25 @@ class SmoothnessPenalty(nn.Module):
                 for i in call.without_grad:
                     weights[i].grad = None
                 raise
-        if has_nuclear:
-            names = list(named)
-            active = {names[i]: current[i] for i in call.active}
-            nuclear = self._nuclear.accumulate(active, dict(zip(active, _grads(weights), strict=True)), scaled[-1])
+        if self.coefficients["nuclear"]:
+            nuclear = self._nuclear.accumulate(active, dict(zip(active, grads_of(weights), strict=True)), scaled[-1])
             terms.append((scaled[-1] * nuclear).view(1))
-        (whole, *others) = [term.to(**call.kind) for term in terms]
-        # As few launches on a GPU as can be: one term is the penalty itself.
-        return whole[0] if len(whole) == 1 and not others else torch.cat([whole, *others]).sum()
-
-    def _call_for(self, named: Mapping[str, nn.Parameter], grads: Sequence[Tensor | None]) -> _Call:
-        """`_prepare`, or what it said of the last call's tensors if these are like them: most calls of a training."""
-        if torch.compiler.is_compiling() or in_transform():
-            return self._prepare(named)
-        signature, last = _signature(named.values(), grads), self._last
-        if signature is not None:
-            signature += (self.backend, self.dim, self.norm, self.normalized, *self.coefficients.values())
-        if signature is None or last is None or last[0] != signature:
-            self._last = last = signature, self._prepare(named)
-        return last[1]
+        return _sum_of([term.to(**call.kind) for term in terms])
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither what names backends, which another process may not have, nor tensors of a device it may not have.
-        return {**self.__dict__, "_last": None, "_lambdas": {}, "_scaled": {}}
+        return {**self.__dict__, "_again": None, "_lambdas": {}, "_scaled": {}}
 
-    def _prepare(self, named: Mapping[str, nn.Parameter]) -> _Call:
+    def _prepare(self, named: Mapping[str, nn.Parameter]) -> Call:
         """Find out how to add into these weights' gradients, and raise what can be raised by them, before anything is
-        written. Nothing decides but what `_call_for` compares."""
+        written."""
         names, current = list(named), list(named.values())
         orders, active = self._orders, [i for i, weight in enumerate(current) if weight.requires_grad]
         weights, groups, without_grad = [current[i] for i in active], [], []
-        _check_grads({names[i]: current[i] for i in active})
+        check_grads({names[i]: current[i] for i in active})
+        absent = [names[i] for i in active if current[i].is_meta]
+        if absent and len(absent) < len(active):  # whose terms fail when others have been added
+            raise ValueError(f"weight {absent[0]} must hold values as others do, got a tensor on the meta device")
         if orders:
             groups = choose_backends("difference_penalty", self.backend, weights, [weight.grad for weight in weights])
             # A weight too short for every order keeps even a missing .grad.
@@ -281,12 +278,9 @@ class SmoothnessPenalty(nn.Module):
             groups = [([i for i in indices if i in wanted], chosen) for indices, chosen in groups]
             without_grad = [i for i in wanted if weights[i].grad is None]
         if self.coefficients["nuclear"]:
-            absent = [names[i] for i in active if current[i].is_meta]
-            if absent and len(absent) < len(active):  # whose decomposition fails when others have been added
-                raise ValueError(f"weight {absent[0]} must hold values as others do, got a tensor on the meta device")
             choose_backends(nuclear_op(self._nuclear.options["method"]), self.backend, weights)
         options = {**self._difference_options, "groups": [group for group in groups if group[0]]}
-        return _Call(_kind(current), active, orders, without_grad, options)
+        return Call(kind_of(current), active, orders, without_grad, options)
 
     @torch.no_grad()
     def per_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -305,6 +299,10 @@ class SmoothnessPenalty(nn.Module):
         return [order for order in (1, 2) if self.coefficients[TERMS[order - 1]]]
 
     @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.backend, self._dim, self._norm, self.normalized, *self.coefficients.values()
+
+    @property
     def _is_off(self) -> bool:
         # Compiled code reads only tensors, so that a new scale does not compile it again.
         return not any(self.coefficients.values()) or (not torch.compiler.is_compiling() and self._scale == 0)
@@ -315,7 +313,7 @@ class SmoothnessPenalty(nn.Module):
         current = self._current()
         # A plain tensor is not frozen: it stands in for a parameter (`torch.func.functional_call`).
         active = {name: w for name, w in current.items() if w.requires_grad or not isinstance(w, nn.Parameter)}
-        return active, _kind(list(current.values()))
+        return active, kind_of(list(current.values()))
 
     def _current(self) -> dict[str, nn.Parameter]:
         """The weights by name; those that were tied since they were selected count once, under the first name."""
@@ -352,58 +350,3 @@ class SmoothnessPenalty(nn.Module):
     @property
     def _difference_options(self) -> dict[str, Any]:
         return {"dim": self.dim, "norm": self.norm, "normalized": self.normalized, "backend": self.backend}
-
-
-class _Call(NamedTuple):
-    """How `SmoothnessPenalty.accumulate_grad` treats tensors of one `_signature`."""
-
-    kind: dict[str, Any]  # dtype and device of the result
-    active: list[int]  # the weights that are not frozen, to which the others refer
-    orders: list[int]  # of the difference penalty
-    without_grad: list[int]  # those weights it is of whose .grad is missing
-    options: dict[str, Any]  # of it, with the groups it is computed in
-
-
-def _kind(weights: Sequence[nn.Parameter]) -> dict[str, Any]:
-    return {"dtype": result_dtype(weights), "device": weights[0].device}
-
-
-def _signature(weights: Iterable[nn.Parameter], grads: Iterable[Tensor | None]) -> list[Any] | None:
-    """All of the weights and their gradients but the values and where they are; None where a subclass may have more."""
-    signature: list[Any] = []
-    for weight, grad in zip(weights, grads, strict=True):
-        if type(weight) not in PLAIN or (grad is not None and type(grad) not in PLAIN):
-            return None
-        signature += _OF_WEIGHT(weight)
-        if grad is not None:
-            signature += _OF_GRAD(grad)
-            signature.append(grad.stride() if grad.layout is torch.strided else None)
-    return signature
-
-
-def _check_grads(weights: Mapping[str, nn.Parameter]) -> None:
-    for name, weight in weights.items():
-        grad = weight.grad
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise TypeError(f".grad of {name} must be a dense (strided) tensor, got layout {grad.layout}")
-        if _is_expanded(grad):
-            raise ValueError(f".grad of {name} must not be an expanded tensor, got strides {grad.stride()}")
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    if not tensor.numel() or tensor.is_contiguous():
-        return False
-    strides = tensor.stride()
-    return 0 in strides and any(not stride and size > 1 for stride, size in zip(strides, tensor.shape, strict=True))
-
-
-def _grads(weights: Iterable[nn.Parameter]) -> list[Tensor]:
-    """``.grad`` of every weight, created where it is missing."""
-    grads = []
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        grads.append(weight.grad)
-    return grads

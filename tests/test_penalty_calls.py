@@ -132,6 +132,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "without gradients": _drop_gradients,
     "another dtype": lambda model: model.double(),
     "one of another dtype": lambda model: model[4].double(),
+    "the frozen one of another dtype": lambda model: model[0].double(),
     "another parameter": _exchange,
     "shorter": _resize(1),
     "longer": _resize(9),
@@ -141,7 +142,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-@pytest.mark.parametrize("options", [ALL_TERMS, {"backend": "torch"}], ids=["all terms", "torch"])
+@pytest.mark.parametrize("options", [{}, ALL_TERMS, {"backend": "torch"}], ids=["one kernel", "all terms", "torch"])
 @pytest.mark.parametrize("drop", [_drop_gradients, lambda model: None], ids=["without gradients", "with gradients"])
 def test_a_call_sees_what_has_changed_since_the_last(
     change: Callable[[nn.Module], object], options: dict, drop: Callable[[nn.Module], None]
@@ -216,14 +217,49 @@ def test_calls_with_the_same_tensors_choose_once(monkeypatch: pytest.MonkeyPatch
     choose = penalties.choose_backends
     monkeypatch.setattr(penalties, "choose_backends", lambda op, *args: chosen.append(op) or choose(op, *args))
     penalty = SmoothnessPenalty(model)
-    for _ in range(4):  # gradients are missing in the first call
+    for _ in range(4):
         penalty.accumulate_grad()
-    assert chosen == ["difference_penalty"] * 2
+    assert chosen == ["difference_penalty"]
     for _ in range(2):  # tensors of a subclass are looked at in every call
         model[4].weight = nn.Parameter(_Named(torch.randn(4, 8)))
         model[4].weight.grad = torch.zeros(4, 8)
         penalty.accumulate_grad()
-    assert len(chosen) == 4
+    assert len(chosen) == 3
+    model[4].weight, named = nn.Parameter(torch.randn(4, 8)), model[4].weight
+    for weight in (model[4].weight, named):
+        weight.grad = torch.zeros(4, 8)
+    for _ in range(2):
+        penalty.accumulate_grad()
+    torch.utils.swap_tensors(model[4].weight, named)  # the same object is of the subclass now
+    penalty.accumulate_grad()
+    assert len(chosen) == 5
+
+
+def test_a_call_sees_weights_that_have_other_axes() -> None:
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model)
+    penalty.accumulate_grad()
+    model[4].weight.data, model[4].weight.grad = torch.randn(32), None
+    model[4].weight.grad = torch.zeros(32)
+    with pytest.raises(RuntimeError, match="weight 4.weight must keep its 2 axes"):
+        penalty.accumulate_grad()
+
+
+def test_a_call_sees_a_weight_whose_contents_were_swapped() -> None:
+    """``torch.utils.swap_tensors``: the same object has another device or class."""
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model)
+    for _ in range(2):
+        penalty.accumulate_grad()
+    others = [weight for weight in weights_of(model) if weight is not model[2].weight]
+    before = [weight.grad.clone() for weight in others]
+    other = nn.Parameter(torch.empty_like(model[2].weight, device="meta"))
+    other.grad = torch.zeros_like(other)
+    torch.utils.swap_tensors(model[2].weight, other)
+    with pytest.raises(ValueError, match="weight 2.weight must hold values as others do"):
+        penalty.accumulate_grad()
+    for weight, was in zip(others, before, strict=True):
+        torch.testing.assert_close(weight.grad, was, rtol=0, atol=0)
 
 
 class _Named(torch.Tensor):
@@ -247,11 +283,18 @@ def test_a_call_sees_gradients_that_have_become_unusable() -> None:
 
 
 def test_a_penalty_that_was_used_can_be_copied_and_pickled() -> None:
-    penalty = SmoothnessPenalty(small_model(torch.float32))
+    model = small_model(torch.float32)
+    penalty = SmoothnessPenalty(model)
     value = penalty.accumulate_grad()
     torch.testing.assert_close(copy.deepcopy(penalty).accumulate_grad(), value, rtol=0, atol=0)
-    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).accumulate_grad().item())"
+    code = (
+        "import pickle, sys, torch; penalty, weights = pickle.load(sys.stdin.buffer)\n"
+        "for weight in weights: weight.grad = torch.zeros_like(weight)\n"  # which are not pickled
+        "print(penalty.accumulate_grad().item())"
+    )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(penalty), env=env, capture_output=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps((penalty, weights_of(model))), env=env, capture_output=True
+    )
     assert out.returncode == 0, out.stderr.decode()
     assert float(out.stdout) == value.item()
