@@ -145,18 +145,20 @@ PerOrder per_order(const Tensor& tensor, const char* name, const DifferenceOptio
   return result;
 }
 
-Tensor to_tensor(const PerOrder& terms, const DifferenceOptions& options) {
+Tensor empty_terms(const DifferenceOptions& options) {
   const bool wide = options.dtype == Dtype::kFloat64;
-  Tensor result = torch::stable::empty({options.orders == 3 ? 2 : 1}, wide ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::empty({options.orders == 3 ? 2 : 1}, wide ? ScalarType::Double : ScalarType::Float);
+}
+
+void write_terms(Tensor& result, const PerOrder& terms, const DifferenceOptions& options) {
   for (int64_t order = 1, at = 0; order <= 2; ++order) {
     if (!options.has(order)) continue;
-    if (wide) {
+    if (options.dtype == Dtype::kFloat64) {
       result.mutable_data_ptr<double>()[at++] = terms[order - 1];
     } else {
       result.mutable_data_ptr<float>()[at++] = static_cast<float>(terms[order - 1]);
     }
   }
-  return result;
 }
 
 // The terms of all weights. Grads, unless null, get the coefficients times their gradients added, and the terms come
@@ -182,12 +184,14 @@ Tensor evaluate(const std::vector<Tensor>& weights, const std::vector<Tensor>* g
     if (grad) tensor.grad = grad->mutable_data_ptr();
     tensors.push_back(std::move(tensor));
   }
+  Tensor result = empty_terms(options);  // before anything is written, and while caches hold the code of it
   PerOrder terms = cpu::difference(options, tensors, [](int64_t size, int64_t grain, const auto& body) {
     torch::stable::parallel_for(0, size, grain, body);
   });
   for (auto& [grad, copy] : replaced) torch::stable::copy_(grad, copy);
   for (size_t k = 0; k < terms.size() && grads; ++k) terms[k] *= options.coefficients[k];
-  return to_tensor(terms, options);
+  write_terms(result, terms, options);
+  return result;
 }
 
 Tensor difference_penalty(const std::vector<Tensor>& weights, const std::vector<int64_t>& orders,

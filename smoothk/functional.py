@@ -283,10 +283,9 @@ def accumulate_difference_penalty(
 
 def accumulate_by_kernel(backend: str, grads: Sequence[Tensor], *arguments: Any) -> Tensor:
     """`accumulate_difference_penalty` of weights that one kernel takes, or refuses before it has written anything."""
-    terms = getattr(torch.ops, _NAMESPACES[backend]).difference_penalty_accumulate_.default(grads, *arguments)
-    if not torch.compiler.is_compiling():  # autograd is to know that gradients were written to
+    if not torch.compiler.is_compiling():  # autograd is to know that gradients are written to; no cache is cold yet
         torch.autograd.graph.increment_version([grad for grad in grads if not grad.is_inference()])
-    return terms
+    return getattr(torch.ops, _NAMESPACES[backend]).difference_penalty_accumulate_.default(grads, *arguments)
 
 
 def nuclear_norm(

@@ -41,7 +41,7 @@ def _check_coefficient(name: str, value: float) -> float:
 def _sum_of(terms: Sequence[Tensor]) -> Tensor:
     """Of all entries of 1-dim tensors, with as few launches on a GPU as can be."""
     whole = terms[0] if len(terms) == 1 else torch.cat([*terms])
-    return whole[0] if len(whole) == 1 else whole.sum()
+    return whole.squeeze(0) if len(whole) == 1 else whole.sum()
 
 
 class SmoothnessPenalty(nn.Module):
