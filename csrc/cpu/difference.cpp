@@ -24,6 +24,7 @@ constexpr int64_t kChunk = 512;  // of a row: a block of them, its neighbours an
 
 constexpr int64_t kCached = 8 << 20;  // bytes of weights that a second pass may still find in cache
 constexpr int64_t kShortSpan = 64, kShortPeriod = 1024;
+constexpr int64_t kWindow = 12 << 10;  // bytes of neighbouring rows that stay in L1
 
 template <class T>
 struct Axis : DifferenceAxis {
@@ -90,7 +91,7 @@ class Tile {
     for (int64_t q = begin_; q < end_;) {
       const int64_t row_end = axis ? std::min(end_, (q / axis->span + 1) * axis->span) : end_;
       const int64_t rows = axis && starts_block(*axis, q) ? kBlock : 1;
-      const int64_t most = rows == kBlock && one_term() ? row_end - q : kChunk;  // read once: no need of a cache
+      const int64_t most = one_pass_over(rows) ? row_end - q : kChunk;
       for (int64_t c = q; c < row_end;) {
         const int64_t count = std::min({most, row_end - c, weight_.run - c % weight_.run});
         chunk(c, count, rows);
@@ -107,6 +108,11 @@ class Tile {
   bool grouped() const { return options_.norm == Norm::kL21 && !gradient_; }
 
   bool one_term() const { return weight_.axes.size() == 1 && weight_.decay == 0; }
+
+  // Whether entries are read once, and need not stay in L1 for another term or for conversions.
+  bool one_pass_over(int64_t rows) const {
+    return one_term() && (rows == kBlock || (!weight_.narrow_grad && !weight_.axes[0].periodic));
+  }
 
   bool starts_block(const Axis<T>& axis, int64_t q) const {
     const int64_t i = q / axis.span % axis.length;
@@ -193,7 +199,8 @@ class Tile {
       const int64_t before = std::min(i, reach), after = std::min(axis.length - 1 - i, reach);
       const bool inside = before == reach && after == reach;
       const int64_t rows = inside && options_.norm != Norm::kL21 ? axis.length - reach - i : 1;
-      const int64_t length = std::min(count, (row + rows) * axis.span - q);
+      const int64_t most = inside ? count : kChunk;  // masks are no longer
+      const int64_t length = std::min({count, most, (row + rows) * axis.span - q});
       Stencil<T> stencil{};
       for (int64_t k = -2; k <= 2; ++k) {
         const bool exists = -before <= k && k <= after;  // the place of a missing one is taken by any other
@@ -323,7 +330,10 @@ class Evaluation {
         if (grouped) axis.groups[order - 1].resize(axis.length);
       }
       const bool wider = weight.block < 0 || axis.span > weight.axes[weight.block].span;
-      if (axis.span >= kShortSpan && axis.length >= kBlock + 2 * options_.reach() && wider) {
+      // Short rows pass one after the other, in one stream: the neighbours are in L1. They would be converted anew.
+      const int64_t window = (2 * options_.reach() + 1) * axis.span * sizeof(T);
+      const bool by_rows = axis.span < kShortSpan || (window <= kWindow && sizeof(T) == sizeof(C));
+      if (!by_rows && axis.length >= kBlock + 2 * options_.reach() && wider) {
         weight.block = static_cast<int>(weight.axes.size());
       }
       weight.axes.push_back(std::move(axis));
