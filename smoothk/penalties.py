@@ -239,7 +239,8 @@ class SmoothnessPenalty(nn.Module):
         return self._accumulate(call, named) if call.active else torch.zeros((), **call.kind)
 
     def _accumulate(self, call: Call, named: Mapping[str, nn.Parameter]) -> Tensor:
-        active = {name: weight for i, (name, weight) in enumerate(named.items()) if i in call.active}
+        names = list(named)
+        active = {names[i]: named[names[i]] for i in call.active}
         weights, scaled, terms = list(active.values()), self._scaled_on(call.kind["device"]), []
         if call.orders:
             for i in call.without_grad:  # what has none afterwards is in no group

@@ -84,10 +84,12 @@ class Again(NamedTuple):
 
 
 def kind_of(weights: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """dtype and device of a penalty on ``weights``."""
     return {"dtype": result_dtype(weights), "device": weights[0].device}
 
 
 def check_grads(weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise where a ``.grad`` cannot be added into: TypeError for a sparse one, ValueError for an expanded one."""
     for name, weight in weights.items():
         grad = weight.grad
         if grad is None:
