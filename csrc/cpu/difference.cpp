@@ -330,7 +330,8 @@ class Evaluation {
         if (grouped) axis.groups[order - 1].resize(axis.length);
       }
       const bool wider = weight.block < 0 || axis.span > weight.axes[weight.block].span;
-      // Short rows pass one after the other, in one stream: the neighbours are in L1. They would be converted anew.
+      // Short rows pass one after the other, which reads memory in one stream and finds their neighbours in L1. Not in
+      // half precision: each entry would be converted once for every row that it is a neighbour of.
       const int64_t window = (2 * options_.reach() + 1) * axis.span * sizeof(T);
       const bool by_rows = axis.span < kShortSpan || (window <= kWindow && sizeof(T) == sizeof(C));
       if (!by_rows && axis.length >= kBlock + 2 * options_.reach() && wider) {
