@@ -8,8 +8,8 @@
 
 namespace smoothk::cpu {
 
-// Rows that a block has. Where the first cache has eight places in each set (Zen 4), 8 rows of weights and of gradients,
-// which often fall into the same few sets, displace each other: they take a tenth longer there.
+// Rows that a block has. Where the first cache has eight places in each set (Zen 4), 8 rows of weights and of
+// gradients, which often fall into the same few sets, displace each other: they take a tenth longer there.
 constexpr int kBlock = 6;
 
 // Neighbouring rows along an axis. Row i lies in the first differences i-1 and i and in the second differences i-2, i-1
