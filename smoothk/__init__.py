@@ -17,9 +17,10 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "csrc").is
 del _checkout, Path
 
 from .backend import BackendUnavailable, info  # noqa: E402
+from .batch_norm import recalibrate_batch_norm  # noqa: E402
 from .bias_correction import correct_bias  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
-from .compress import CompressionResult, compress, factorize, recalibrate_batch_norm  # noqa: E402
+from .compress import CompressionResult, compress, factorize  # noqa: E402
 from .decompress import decompress, to_sequential  # noqa: E402
 from .functional import difference_penalty, nuclear_norm  # noqa: E402
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear  # noqa: E402
@@ -27,6 +28,7 @@ from .low_rank_conv import low_rank_conv1d, low_rank_conv2d, low_rank_conv3d  # 
 from .penalties import SmoothnessPenalty  # noqa: E402
 from .rank_plan import RankPlan  # noqa: E402
 from .ranks import RankPlanner, plan_ranks  # noqa: E402
+from .synthesis import synthesize_inputs  # noqa: E402
 
 __all__ = [
     "BackendUnavailable",
@@ -54,6 +56,7 @@ __all__ = [
     "plan_ranks",
     "recalibrate_batch_norm",
     "save",
+    "synthesize_inputs",
     "to_sequential",
     "tune",
 ]

@@ -183,6 +183,13 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         help="plan ranks, fit factors, recalibrate batch norm on N unlabelled training images (default: 0, data-free)",
     )
     images.add_argument(
+        "--synthesize",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the same on N inputs made from batch norm's statistics: with no data (default: 0; 512 are enough)",
+    )
+    images.add_argument(
         "--recalibrate", type=int, default=0, metavar="N", help="recalibrate batch norm on N such images, nothing else"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which images (default: %(default)s)")

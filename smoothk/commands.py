@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import smoothk
 from smoothk.checkpoint import MODEL_FILE, CheckpointError, atomic_write, is_smoothk_file, read
-from smoothk.compress import refit_planned
+from smoothk.compress import calibrate
 from smoothk.macs import run
 from smoothk.ranks import check_keep
 from smoothk.recipes import data, models, train
@@ -23,6 +23,7 @@ from smoothk.recipes.config import TrainConfig
 from smoothk.recipes.methods import count_parameters
 
 _LIKELIHOOD = "categorical"  # of all data sets there are
+_Images = data.CalibrationBatches | list[Tensor] | None
 
 
 class UsageError(ValueError):
@@ -183,26 +184,32 @@ def run_evaluate(args: argparse.Namespace) -> Output:
 def run_compress(args: argparse.Namespace) -> Output:
     """Plan, factorise, refit, recalibrate, measure, write: once for every size."""
     _check_files(args)
-    option = "recalibrate" if args.recalibrate else "calibrate"
+    option = next((name for name in ("recalibrate", "synthesize") if getattr(args, name)), "calibrate")
     count = getattr(args, option)
     if count < 0:
         raise UsageError(f"--{option} must be at least 0, got {count}")
     if min(args.input_shape or [1]) < 1:
         raise UsageError(f"--input-shape must hold positive sizes, got {args.input_shape}")
-    source = _source(args, with_data=not (args.dry_run or args.no_evaluate) or count > 0)
+    source = _source(args, with_data=not (args.dry_run or args.no_evaluate) or option != "synthesize" and count > 0)
     example = source.example(args.input_shape)
     if args.cost != "params" and example is None:
         raise UsageError(f"--cost {args.cost} needs --input-shape, or images")
-    images: data.CalibrationBatches | None = None
-    if count > 0:
+    if example is not None:
+        _check_shape(source.model, example, "--input-shape" if args.input_shape else "--data")
+    images: _Images = None
+    if option == "synthesize":
+        if example is None:
+            raise UsageError("--synthesize needs --input-shape, or images")
+        if count < 2:
+            raise UsageError(f"--synthesize must be at least 2, got {count}")
+        images = smoothk.synthesize_inputs(source.model, example.shape[1:], count, seed=args.seed)
+    elif count > 0:
         if source.dataset is None:
             raise UsageError(f"--{option} needs images: the directory of a run, or --data")
         there = len(source.dataset.train_images)
         if not 2 <= count <= there:
             raise UsageError(f"--{option} must be 0 or 2 to {there}, the number of training images, got {count}")
         images = data.calibration_batches(source.dataset, count, seed=args.seed)
-    if example is not None:
-        _check_shape(source.model, example, "--input-shape" if args.input_shape else "--data")
     plans = _plans(args, source, example, images)
     results = [_compress_once(args, source, plan, images) for plan in plans]
     return Output([payload for payload, _ in results], "\n\n".join(text for _, text in results))
@@ -221,7 +228,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _plans(
-    args: argparse.Namespace, source: _Source, example: Tensor | None, images: data.CalibrationBatches | None
+    args: argparse.Namespace, source: _Source, example: Tensor | None, images: _Images
 ) -> list[smoothk.RankPlan]:
     if args.from_plan is not None:
         try:
@@ -233,7 +240,7 @@ def _plans(
     options = {name: getattr(args, name) for name in ("method", "scheme", "cost", "rank_multiple", "exclude")}
     for keep in args.keep:
         check_keep(keep)
-    if args.calibrate > 0:
+    if images is not None and not args.recalibrate:
         options |= {"calibration": images, "likelihood": _LIKELIHOOD}
     planner = smoothk.RankPlanner(source.model, example_input=example, **options)
     return [planner.plan(keep) for keep in args.keep]
@@ -249,7 +256,7 @@ def _check_shape(model: nn.Module, example: Tensor, option: str) -> None:
 
 
 def _compress_once(
-    args: argparse.Namespace, source: _Source, plan: smoothk.RankPlan, images: data.CalibrationBatches | None
+    args: argparse.Namespace, source: _Source, plan: smoothk.RankPlan, images: _Images
 ) -> tuple[dict[str, Any], str]:
     payload: dict[str, Any] = {"keep": plan.keep, "plan": json.loads(plan.to_json())}
     lines = [str(plan)]
@@ -272,14 +279,12 @@ def _compress_once(
     note("dense_accuracy", "dense", source.model)
     if images is None or args.recalibrate > 0:
         note("accuracy", "compressed, data-free", small)
-    if images is not None:
-        if args.calibrate > 0:
-            refit_planned(source.model, small, plan, images, _LIKELIHOOD)
+    if images is not None and args.recalibrate > 0:
         smoothk.recalibrate_batch_norm(small, images)
-        if args.calibrate > 0:
-            note("accuracy_calibrated", "calibrated", small)
-        else:
-            note("accuracy_recalibrated", "batch norm recalibrated", small)
+        note("accuracy_recalibrated", "batch norm recalibrated", small)
+    elif images is not None:
+        calibrate(source.model, small, plan, images, _LIKELIHOOD)
+        note("accuracy_calibrated", "calibrated", small)
     if args.output is not None:
         payload["output"] = args.output.replace("{keep}", f"{plan.keep:g}")
         smoothk.save(small, payload["output"])

@@ -6,18 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
+from .batch_norm import recalibrate_batch_norm
 from .bias_correction import correct_bias
 from .candidates import find_candidates
 from .copies import deep_copy
 from .importance import output_importance
 from .layers import _FACTORIZED, Conv, LowRankLinear, _LowRank
-from .macs import run
-from .modes import evaluating, outside_inference_mode
-from .outputs import all_tensors, first_batches, not_empty
+from .modes import outside_inference_mode
+from .outputs import first_batches
 from .rank_plan import LayerPlan, RankPlan
 from .ranks import plan_ranks
 from .refit import refit_factors
@@ -139,8 +137,9 @@ def compress(
         model: any module; left untouched.
         keep: fraction of the model's parameters (or MACs) that may remain, see `plan_ranks`.
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
-            It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm. None:
-            nothing data-dependent runs.
+            It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm, with
+            ``model`` as its reference. None:
+            nothing data-dependent runs. `smoothk.synthesize_inputs` makes some where there is no data.
         likelihood: what the model's outputs are to ``calibration``, logits or values, see `plan_ranks`.
         bias_correction: whether the mean outputs of the low-rank layers are made those of the dense ones, as the batch
             norms of ``model`` tell them; no input is needed (`smoothk.correct_bias`).
@@ -164,96 +163,28 @@ def compress(
     if bias_correction:
         correct_bias(model, small)
     if calibration is not None:
-        if refit:
-            refit_planned(model, small, plan, calibration, likelihood)
-        recalibrate_batch_norm(small, calibration)
+        calibrate(model, small, plan, calibration, likelihood, refit=refit)
     return CompressionResult(small, plan, plan.table())
 
 
-def refit_planned(
-    model: nn.Module, small: nn.Module, plan: RankPlan, calibration: Iterable[Any], likelihood: str = "auto"
+def calibrate(
+    model: nn.Module,
+    small: nn.Module,
+    plan: RankPlan,
+    calibration: Iterable[Any],
+    likelihood: str = "auto",
+    *,
+    refit: bool = True,
 ) -> None:
-    """Fit what ``plan`` made of ``model`` to ``calibration`` by `smoothk.refit.refit_factors`, as `compress` does."""
+    """Refit what ``plan`` made of ``model``, and recalibrate its batch norm, as `compress` does."""
+    if refit:
+        _refit(model, small, plan, calibration, likelihood)
+    recalibrate_batch_norm(small, calibration, reference=model)
+
+
+def _refit(model: nn.Module, small: nn.Module, plan: RankPlan, calibration: Iterable[Any], likelihood: str) -> None:
     excluded = [name for name, layer in plan.layers.items() if layer.reason == "excluded"]
     importance = None
     if plan.method == "global":
         importance = output_importance(model, plan.factorized, first_batches(calibration), likelihood)
     refit_factors(model, small, calibration, exclude=excluded, importance=importance)
-
-
-def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Set batch norm's running statistics to the exact mean over ``batches`` of their means and unbiased variances.
-
-    In place; no gradient and no label. Modes, flags and momentum are restored, layers that no batch reaches keep their
-    statistics, and after an error the model is as it was. A model without batch norm is returned unchanged.
-
-    Args:
-        model: any module.
-        batches: iterable of input batches: a tensor, or the tuple or dict of the model's arguments.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: ``batches`` or one of them is empty. Whatever the model raises on a batch is passed on.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(batches, torch.Tensor):
-        raise TypeError("batches must be an iterable of input batches, got a tensor; pass [tensor]")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of input batches, got {type(batches).__name__}")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    norms = [norm for norm in norms if norm.track_running_stats]  # which may be set to False later, to freeze them
-    if not norms:
-        return model
-    momenta = {norm: norm.momentum for norm in norms}
-    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-    totals = {norm: [torch.zeros_like(b, dtype=_wide(b)) for b in _statistics(norm)] for norm in norms}
-    counts = dict.fromkeys(norms, 0)
-    undo, handles = list(norms), []
-
-    def add_statistics(norm: _BatchNorm, args: tuple, output: Any) -> None:
-        if 0 in next(all_tensors([args, output])).shape:  # an expert that nothing was sent to: the buffers are old
-            return
-        counts[norm] += 1
-        for total, buffer in zip(totals[norm], _statistics(norm), strict=True):
-            total += buffer
-
-    with evaluating(model), torch.no_grad():
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = 1.0  # the buffers hold the statistics of the last batch
-                norm.train()
-                handles.append(norm.register_forward_hook(add_statistics))
-            seen = 0
-            for batch in not_empty(batches, "batches"):
-                run(model, batch)
-                seen += 1
-            if not seen:
-                raise ValueError("batches must hold at least one batch, got none")
-            for norm in norms:
-                for buffer, total in zip(_statistics(norm), totals[norm], strict=True):
-                    buffer.copy_(total / max(counts[norm], 1))
-            undo = [norm for norm in norms if not counts[norm]]
-        finally:
-            for handle in handles:
-                handle.remove()
-            for norm in undo:
-                for buffer, value in zip(norm.buffers(), before[norm], strict=True):
-                    buffer.copy_(value)
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
-    return model
-
-
-def _wide(buffer: Tensor) -> torch.dtype:
-    """A mean in half precision would stop moving after some tens of batches."""
-    return torch.promote_types(buffer.dtype, torch.float32)
-
-
-def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Running mean and variance of a norm that has them."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    return norm.running_mean, norm.running_var

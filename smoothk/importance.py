@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import normalising_by_batch
 from .candidates import find_candidates
 from .copies import deep_copy
 from .layers import Conv
 from .macs import run
 from .outputs import floating_tensors, is_logits
-from .refit import normalising_by_batch
 from .regression import rows
 from .svd import full_rank, truncated_factors
 from .transposed import transposed_linear_types

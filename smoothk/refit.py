@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -28,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batch_norm import normalising_by_batch
 from .candidates import find_candidates
 from .layers import Conv, _LowRank
 from .macs import run
-from .modes import evaluating
 from .outputs import not_empty
 from .regression import Fitted, fit, patches, rows
 from .transposed import as_linear, transposed_linear_types
@@ -94,10 +93,11 @@ def refit_factors(
     weights of the linear layers called behind the last low-rank one.
 
     In place; no gradient and no label. Each layer takes a pass of both models over ``batches`` as far as that layer,
-    batch norm of ``small`` normalising by each batch; recalibrate it afterwards. A layer whose error on ``batches``
-    would not fall keeps what it has. So does a layer that does not get as many inputs in both models (experts, early
-    exits), and a linear layer whose inputs the two models do not choose alike (proposals, random numbers), that shares
-    a parameter with another module, or that cannot be factorised for another reason.
+    batch norm normalising by each batch; recalibrate that of ``small`` afterwards, with ``model`` as its reference. A
+    layer whose error on ``batches`` would not fall keeps what it has. So does a layer that does not get as many inputs
+    in both models (experts, early exits), and a linear layer whose inputs the two models do not choose alike
+    (proposals, random numbers), that shares a parameter with another module, or that cannot be factorised for another
+    reason.
 
     Args:
         model: the dense model; not changed.
@@ -131,7 +131,7 @@ def refit_factors(
     skipped, costs = _excluded(small, exclude), _checked(importance or {}, low_rank)
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        with torch.no_grad(), evaluating(model), normalising_by_batch(small):
+        with torch.no_grad(), normalising_by_batch(model), normalising_by_batch(small):
             order = _call_order(small, {**low_rank, **_linear_layers(small)}, batches)
             names = list(order.calls)
             last = max((i for i, name in enumerate(names) if name in low_rank), default=len(names))
@@ -282,19 +282,3 @@ def _collect(
         for handle in handles:
             handle.remove()
     return found
-
-
-@contextmanager
-def normalising_by_batch(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for batch norm, which normalises by each batch and forgets it."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    state = [(norm, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
-    with evaluating(model):
-        try:
-            for norm in norms:
-                norm.train()
-            yield
-        finally:
-            for norm, buffers in state:
-                for buffer, value in zip(norm.buffers(), buffers, strict=True):
-                    buffer.copy_(value)

@@ -266,6 +266,69 @@ def test_a_norm_that_gives_more_than_its_output() -> None:
     torch.testing.assert_close(model.running_mean, x.mean(0))
 
 
+def pair() -> tuple[nn.Module, nn.Module]:
+    """A trained model, and what compression could have made of it."""
+    model = network()
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small.conv.weight.mul_(0.7), small.first.weight.mul_(1.3)
+    return model, small
+
+
+def test_a_model_that_is_its_own_reference_keeps_its_statistics() -> None:
+    model = network()
+    before, settings_before = state(model), settings(model)
+    recalibrate_batch_norm(model, batches(), reference=model)
+    after = state(model)
+    for norm in ("first", "second"):
+        assert after.pop(f"{norm}.num_batches_tracked") == 3 and before.pop(f"{norm}.num_batches_tracked") == 40
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+    assert settings(model) == settings_before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_with_a_reference_its_statistics_change_as_those_on_the_batches(training: bool) -> None:
+    model, small = (each.double().train(training) for each in pair())
+    data = [batch.double() for batch in batches()]
+    before, settings_before = state(model), settings(model)
+    on_batches = [recalibrate_batch_norm(copy.deepcopy(each), data) for each in (model, small)]
+    recalibrate_batch_norm(small, iter(data), reference=model)
+    for norm in ("first", "second"):
+        kept, dense, new = (each.get_submodule(norm) for each in (model, *on_batches))
+        found = small.get_submodule(norm)
+        torch.testing.assert_close(found.running_mean, kept.running_mean + new.running_mean - dense.running_mean)
+        share = new.running_var / dense.running_var
+        grown = kept.running_var + new.running_var - dense.running_var
+        expected = torch.where(share > 1, grown, kept.running_var * share)
+        torch.testing.assert_close(found.running_var, expected)
+    assert torch.equal(small.idle.running_mean, model.idle.running_mean)
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    assert settings(model) == settings_before
+
+
+def test_a_channel_that_was_constant_may_vary() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[1].running_var)
+    small = copy.deepcopy(model)
+    nn.init.eye_(small[0].weight)
+    x = torch.randn(50, 2, dtype=torch.float64)
+    recalibrate_batch_norm(small, [x], reference=model)
+    torch.testing.assert_close(small[1].running_var, x.var(0))
+
+
+def test_a_reference_with_other_norms_is_refused_before_anything_changes() -> None:
+    model, narrow = network(), network()
+    narrow.first = nn.BatchNorm2d(5)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"reference must have batch norm 'first' with statistics of \[4\], got \[5\]"):
+        recalibrate_batch_norm(model, batches(), reference=narrow)
+    with pytest.raises(ValueError, match=r"reference must have batch norm 'first' .*, got none"):
+        recalibrate_batch_norm(model, batches(), reference=model.conv)
+    with pytest.raises(TypeError, match="reference must be a torch.nn.Module, got str"):
+        recalibrate_batch_norm(model, batches(), reference="model")
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+
+
 def test_what_is_no_model_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got NoneType"):
         recalibrate_batch_norm(None, batches())

@@ -81,6 +81,8 @@ def test_info(invoke: Invoke) -> None:
         ["compress", "run", "--calibrate", "-1"],
         ["compress", "run", "--recalibrate", "-1"],
         ["compress", "run", "--calibrate", "8", "--recalibrate", "8"],
+        ["compress", "run", "--calibrate", "8", "--synthesize", "8"],
+        ["compress", "run", "--synthesize", "-1"],
         ["compress", "run", "--keep", "0.1", "0.2", "--from-plan", "plan.json"],
         ["evaluate", "--model", "a:b", "--weights", "w"],
         ["plot"],
@@ -189,6 +191,16 @@ def test_calibrate_is_what_compress_does_with_images(invoke: Invoke, trained: Pa
     assert payload["accuracy_calibrated"] == measured["accuracy"] and "accuracy" not in payload
 
 
+def test_synthesize_is_what_compress_does_with_synthetic_inputs(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
+    model, config = load_run(trained)
+    shape = load_dataset(config).test_images.shape[1:]
+    payload, small = written_by(invoke, trained, tmp_path / "small.safetensors", "--synthesize", 64)
+    inputs = smoothk.synthesize_inputs(model, shape, 64)
+    expected = smoothk.compress(model, 0.3, calibration=inputs, likelihood="categorical")
+    assert_equal_states(small, expected.model)
+    assert payload["accuracy_calibrated"] > 0 and "accuracy" not in payload
+
+
 def test_bias_correction_is_that_of_compress(invoke: Invoke, trained: Path, tmp_path: Path) -> None:
     payload, small = written_by(invoke, trained, tmp_path / "small.safetensors", "--bias-correction", "--no-evaluate")
     assert_equal_states(small, smoothk.compress(load_run(trained)[0], 0.3, bias_correction=True).model)
@@ -200,6 +212,8 @@ def test_bias_correction_is_that_of_compress(invoke: Invoke, trained: Path, tmp_
     [
         (["--calibrate", 9999], "--calibrate must be 0 or 2 to 1438, the number of training images, got 9999"),
         (["--recalibrate", 1], "--recalibrate must be 0 or 2 to 1438"),
+        (["--synthesize", 1], "--synthesize must be at least 2, got 1"),
+        (["--synthesize", 8, "--no-evaluate"], "--synthesize needs --input-shape, or images"),
         (["--cost", "latency", "--no-evaluate"], "--cost latency needs --input-shape, or images"),
         (["--input-shape", 1, -8, 8], "--input-shape must hold positive sizes, got [1, -8, 8]"),
         (["--cost", "macs", "--input-shape", 1, 1, 8, 8], "--input-shape must give inputs of the model, got one of"),

@@ -224,7 +224,7 @@ def test_linear_layers_behind_the_last_low_rank_one_get_the_least_squares_soluti
     refit_factors(model, small, batches, ridge=0)
     for name, parameter in small.named_parameters():  # nothing else, in front of it or a convolution, has changed
         assert torch.equal(parameter, before.get_parameter(name)) == (name[0] not in "179"), name
-    small.train()
+    small.train(), model.train()
     for index in (7, 9):
         with torch.no_grad():
             x = torch.cat([small[:index](batch) for batch in batches])

@@ -4,11 +4,11 @@ smaller network)``."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import smoothk
 from smoothk.importance import output_importance
@@ -60,22 +60,28 @@ def _svd(label: str, **options: Any) -> Method:
     return _data_free(label, lambda model, keep: smoothk.compress(model, keep, **options).model)
 
 
-def _with_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable[[float], nn.Module]:
+def _calibrated(model: nn.Module, batches: Iterable[Tensor]) -> Callable[[float], nn.Module]:
     planner = smoothk.RankPlanner(model, calibration=batches, likelihood="categorical")
     importance = output_importance(model, planner.layers, first_batches(batches), "categorical")
 
     def compress(keep: float) -> nn.Module:
         small = smoothk.factorize(model, planner.plan(keep))
         refit_factors(model, small, batches, importance=importance)
-        return smoothk.recalibrate_batch_norm(small, batches)
+        return smoothk.recalibrate_batch_norm(small, batches, reference=model)
 
     return compress
+
+
+def _without_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable[[float], nn.Module]:
+    shape = next(iter(batches)).shape[1:]  # and nothing else of them
+    return _calibrated(model, smoothk.synthesize_inputs(model, shape))
 
 
 METHODS: dict[str, Method] = {
     "svd": _svd("SVD, global ranks", method="global", scheme="auto"),
     "svd-bias": _svd("SVD, bias correction", method="global", scheme="auto", bias_correction=True),
-    "svd-images": Method("SVD, calibrated", _with_images, count_parameters, uses_images=True),
+    "svd-images": Method("SVD, calibrated", _calibrated, count_parameters, uses_images=True),
+    "svd-synthetic": Method("SVD, synthetic inputs", _without_images, count_parameters),
     "svd-spatial": _svd("SVD, global ranks, spatial", method="global", scheme="spatial"),
     "svd-energy": _svd("SVD, equal energy", method="energy", scheme="channel"),
     "svd-uniform": _svd("SVD, uniform ranks", method="uniform", scheme="channel"),

@@ -1,0 +1,188 @@
+"""Batch norm's statistics, measured anew after a model was compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .copies import deep_copy
+from .macs import run
+from .modes import evaluating
+from .outputs import all_tensors, not_empty
+
+
+@dataclass
+class _Measured:
+    """Of one norm, in float32 or wider: the sums over its calls of each one's mean and unbiased variance."""
+
+    mean: Tensor
+    variance: Tensor
+    calls: int = 0
+
+    def add(self, norm: _BatchNorm) -> None:
+        mean, variance = running_statistics(norm)
+        self.mean += mean
+        self.variance += variance
+        self.calls += 1
+
+    @property
+    def averages(self) -> tuple[Tensor, Tensor]:
+        return self.mean / self.calls, self.variance / self.calls
+
+
+def recalibrate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], *, reference: nn.Module | None = None
+) -> nn.Module:
+    """Set batch norm's running statistics to the exact mean over ``batches`` of their means and unbiased variances.
+
+    In place; no gradient and no label. Modes, flags and momentum are kept, layers that no batch reaches keep their
+    statistics, and after an error the model is as it was. A model without batch norm is returned unchanged.
+
+    Args:
+        model: any module.
+        batches: iterable of input batches: a tensor, or the tuple or dict of the model's arguments.
+        reference: the dense model that ``model`` was made from. Its running statistics are kept then, but for what
+            compression changed: they are moved by what the two models' means on ``batches`` differ by, and scaled as
+            their variances differ. What ``batches`` do not share with the training images, being few, or synthetic,
+            falls out. It is not changed.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``batches`` or one of them is empty, or ``reference`` has not the batch norms of ``model``. Whatever
+            the models raise on a batch is passed on.
+    """
+    for name, network in (("model", model), ("reference", reference)):
+        if not isinstance(network, nn.Module) and not (network is None and name == "reference"):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must be an iterable of input batches, got a tensor; pass [tensor]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of input batches, got {type(batches).__name__}")
+    norms = _norms(model)
+    if not norms:
+        return model
+    networks = [model] if reference is None else [model, deep_copy(reference)]
+    if reference is not None:
+        _check_same(norms, _norms(reference))
+    with torch.no_grad():
+        found = _measure(networks, batches)
+        for name, measured in found[0].items():
+            norm, (mean, variance) = norms[name], measured.averages
+            if reference is not None and name in found[1]:
+                dense = running_statistics(_norms(reference)[name])
+                mean, variance = _moved(dense, found[1][name].averages, (mean, variance))
+            for buffer, value in zip(running_statistics(norm), (mean, variance), strict=True):
+                buffer.copy_(value)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(measured.calls)
+    return model
+
+
+def running_statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a norm that has them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Those that keep statistics; `track_running_stats` may be set to False later, to freeze them."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: norm for name, norm in found.items() if norm.running_mean is not None and norm.track_running_stats}
+
+
+def _check_same(norms: dict[str, _BatchNorm], others: dict[str, _BatchNorm]) -> None:
+    for name, norm in norms.items():
+        expected, got = list(running_statistics(norm)[0].shape), "none"
+        if name in others:
+            got = str(list(running_statistics(others[name])[0].shape))
+        if got != str(expected):
+            raise ValueError(f"reference must have batch norm {name!r} with statistics of {expected}, got {got}")
+
+
+def _moved(
+    dense: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Running statistics ``dense`` with the change from ``before`` to ``after``, of which a variance may be 0."""
+    mean, variance = (value.to(after[0]) for value in dense)
+    grown = variance + after[1] - before[1]
+    shrunk = variance * after[1] / torch.where(before[1] > 0, before[1], 1)
+    return mean + after[0] - before[0], torch.where(after[1] > before[1], grown, shrunk)
+
+
+def _measure(networks: list[nn.Module], batches: Iterable[Any]) -> list[dict[str, _Measured]]:
+    """By the name of every norm that is reached; the networks come back as they were."""
+    with ExitStack() as stack:
+        found = [stack.enter_context(_measuring(network)) for network in networks]
+        empty = True
+        for batch in not_empty(batches, "batches"):
+            empty = False
+            for network in networks:
+                run(network, batch)
+        if empty:
+            raise ValueError("batches must hold at least one batch, got none")
+    return [{name: each for name, each in of_one.items() if each.calls} for of_one in found]
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[dict[str, _Measured]]:
+    """Batch norm normalises by each batch, and its statistics are added up; afterwards ``model`` is as it was."""
+    norms = _norms(model)
+    momenta = {norm: norm.momentum for norm in norms.values()}
+    state = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms.values()}
+    # a mean in half precision would stop moving after some tens of batches
+    wide = {norm: torch.promote_types(running_statistics(norm)[0].dtype, torch.float32) for norm in norms.values()}
+    found = {}
+    for name, norm in norms.items():
+        mean, variance = (torch.zeros_like(buffer, dtype=wide[norm]) for buffer in running_statistics(norm))
+        found[name] = _Measured(mean, variance)
+    handles = []
+
+    def add_to(measured: _Measured) -> Any:
+        def hook(norm: _BatchNorm, args: tuple, output: Any) -> None:
+            if 0 not in next(all_tensors([args, output])).shape:  # an expert that nothing was sent to
+                measured.add(norm)
+
+        return hook
+
+    with evaluating(model):
+        try:
+            for name, norm in norms.items():
+                norm.reset_running_stats()
+                norm.momentum = 1.0  # the buffers hold the statistics of the last batch
+                norm.train()
+                handles.append(norm.register_forward_hook(add_to(found[name])))
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+            for norm, buffers in state.items():
+                for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
+                norm.momentum = momenta[norm]
+
+
+@contextmanager
+def normalising_by_batch(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for batch norm, which normalises by each batch and forgets it."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    state = [(norm, norm.track_running_stats, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.train()
+                norm.track_running_stats = False  # nothing is written
+            yield
+        finally:
+            for norm, tracked, buffers in state:
+                norm.track_running_stats = tracked
+                for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                    if not torch.equal(buffer, value):  # a subclass may write all the same
+                        buffer.copy_(value)
