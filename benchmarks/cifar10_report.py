@@ -26,6 +26,7 @@ Look = dict[str, Any]
 LOOKS: dict[str, Look] = {
     "svd": {"color": "#D55E00", "marker": "o", "linewidth": 2.4, "zorder": 4},
     "svd-bias": {"color": "#D55E00", "marker": "d", "linestyle": ":"},
+    "svd-synthetic": {"color": "#D55E00", "marker": "o", "markerfacecolor": "white", "linewidth": 2.4, "zorder": 4},
     "svd-images": {"color": "#D55E00", "marker": "o", "markerfacecolor": "white", "linestyle": "--"},
     "svd-spatial": {"color": "#E69F00", "marker": "s"},
     "svd-energy": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
@@ -46,9 +47,10 @@ def read_results(directory: Path) -> Comparison:
 
 
 def by_network(comparison: Comparison) -> Table:
-    """SVD with global ranks: lines for each network, as it is, bias-corrected, calibrated; a column for each size."""
+    """SVD with global ranks: lines for each network and what it is calibrated on; a column for each size."""
     networks = {row.network: row.label for row in comparison.rows}
-    methods = {"svd": "", "svd-bias": ", bias-corrected", "svd-images": ", calibrated"}
+    methods = {"svd": "", "svd-bias": ", bias-corrected", "svd-synthetic": ", synthetic inputs"}
+    methods["svd-images"] = ", calibrated"
     lines = [(label + more, (method, name)) for name, label in networks.items() for method, more in methods.items()]
     return pivot(comparison, "network", lines)
 
@@ -103,13 +105,16 @@ def pivot(
 DROPS = {  # column: method and field; those that were not measured are left out
     "data-free": ("svd", "drop"),
     "bias-corrected": ("svd-bias", "drop"),
+    "synthetic inputs": ("svd-synthetic", "drop"),
     "recalibrated": ("svd", "drop_recalibrated"),
-    "calibrated": ("svd-images", "drop_recalibrated"),
+    "calibrated": ("svd-images", "drop"),
 }
 
 
 EXPLAINED = {
     "bias-corrected": "Bias-corrected (`smoothk.correct_bias`): data-free as well.",
+    "synthetic inputs": "Synthetic inputs: data-free as well, calibrated on what `smoothk.synthesize_inputs` makes of "
+    "batch norm's statistics.",
     "calibrated": "Calibrated: ranks planned and factors refitted on unlabelled images "
     "(`compress(calibration=...)`), no gradient step on weights.",
 }
@@ -172,6 +177,8 @@ def caption(comparison: Comparison) -> str:
     )
     if any(row.method == "svd-images" for row in comparison.rows):
         text += "Calibrated: ranks planned and factors refitted on the same images, one number. "
+    if any(row.method == "svd-synthetic" for row in comparison.rows):
+        text += "Synthetic inputs: the same on inputs made from batch norm's statistics, with no image. "
     return text + setting(comparison)
 
 

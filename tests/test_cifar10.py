@@ -141,15 +141,15 @@ def test_tables_hold_the_means() -> None:
     ]  # fmt: skip
     assert cifar10_report.by_method(comparison, "plain").rows[1][0] == "SVD, calibrated †"
     drops = cifar10_report.drops(comparison).rows
-    assert drops[0] == ["plain", 30.0, "0.50 ± 0.71", "0.00 ± 0.71", "0.50 ± 0.71"]
-    assert drops[-1][2:] == ["10.20", "9.70", "10.20"]
-    corrected = tuple(replace(row, method="svd-bias") if row.method == "lamp" else row for row in comparison.rows[:-1])
-    table = cifar10_report.drops(replace(comparison, rows=corrected))
-    assert table.columns[2:] == ["data-free", "bias-corrected", "recalibrated", "calibrated"]
-    assert table.rows[0][2:4] == ["0.50 ± 0.71", "10.50 ± 0.71"]
-    assert "plain, bias-corrected" in [
-        line[0] for line in cifar10_report.by_network(replace(comparison, rows=corrected)).rows
-    ]
+    assert drops[0] == ["plain", 30.0, "0.50 ± 0.71", "0.00 ± 0.71", "1.00 ± 0.71"]
+    assert drops[-1][2:] == ["10.20", "9.70", "10.70"]
+    for method, column in (("svd-bias", "bias-corrected"), ("svd-synthetic", "synthetic inputs")):
+        rows = tuple(replace(row, method=method) if row.method == "lamp" else row for row in comparison.rows[:-1])
+        table = cifar10_report.drops(replace(comparison, rows=rows))
+        assert table.columns[2:] == ["data-free", column, "recalibrated", "calibrated"]
+        assert table.rows[0][3] == "10.50 ± 0.71"
+        lines = cifar10_report.by_network(replace(comparison, rows=rows)).rows
+        assert f"plain, {column}" in [line[0] for line in lines]
     smooth = cifar10_report.on_smooth(comparison).rows
     assert [line[0] for line in smooth] == [
         "LAMP channel pruning, plain", "LAMP channel pruning, nuclear 0.0002 (spatial)",

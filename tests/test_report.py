@@ -9,7 +9,9 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,14 @@ def test_table_in_every_form() -> None:
 
 
 METHODS = [name for name in compare.METHODS if name != "lamp"]  # it takes long and needs a package
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_synthetic_inputs() -> Iterator[None]:
+    """As many as are enough to tell that they are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoothk, "synthesize_inputs", partial(smoothk.synthesize_inputs, count=32, steps=2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +138,15 @@ def test_a_missing_package_is_said_before_any_work(dataset: data.DataSet, monkey
         compare.compare([network("a")], dataset, [0.5], ["svd", "lamp"], title="")
 
 
-@pytest.mark.parametrize("method", ["svd", "svd-bias", "svd-images"])
+@pytest.mark.parametrize("method", ["svd", "svd-bias", "svd-synthetic", "svd-images"])
 def test_methods_are_what_compress_makes(dataset: data.DataSet, method: str) -> None:
     model, batches = network("plain").model, data.calibration_batches(dataset, 100)
     small = methods.METHODS[method].prepare(model, batches)(0.5)
-    options = {
-        "svd": {},
-        "svd-bias": {"bias_correction": True},
-        "svd-images": {"calibration": batches, "likelihood": "categorical"},
-    }
-    expected = smoothk.compress(model, 0.5, **options[method]).model.state_dict()
+    options = {"bias_correction": True} if method == "svd-bias" else {}
+    if method in ("svd-synthetic", "svd-images"):
+        inputs = batches if method == "svd-images" else smoothk.synthesize_inputs(model, dataset.test_images.shape[1:])
+        options = {"calibration": inputs, "likelihood": "categorical"}
+    expected = smoothk.compress(model, 0.5, **options).model.state_dict()
     assert small.state_dict().keys() == expected.keys()
     for name, value in small.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
