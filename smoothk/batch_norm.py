@@ -1,4 +1,4 @@
-"""Batch norm's statistics, measured anew after a model was compressed."""
+"""Batch norm's statistics: measured anew after a model was compressed, or those of each batch while it is fitted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def recalibrate_batch_norm(
         reference: the dense model that ``model`` was made from. Its running statistics are kept then, but for what
             compression changed: they are moved by what the two models' means on ``batches`` differ by, and scaled as
             their variances differ. What ``batches`` do not share with the training images, being few, or synthetic,
-            falls out. It is not changed.
+            falls out. It is not changed, and ``num_batches_tracked`` of ``model`` is not either.
 
     Returns:
         ``model``.
@@ -59,30 +59,32 @@ def recalibrate_batch_norm(
         ValueError: ``batches`` or one of them is empty, or ``reference`` has not the batch norms of ``model``. Whatever
             the models raise on a batch is passed on.
     """
-    for name, network in (("model", model), ("reference", reference)):
-        if not isinstance(network, nn.Module) and not (network is None and name == "reference"):
+    for name, network in (("model", model), ("reference", model if reference is None else reference)):
+        if not isinstance(network, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
     if isinstance(batches, Tensor):
         raise TypeError("batches must be an iterable of input batches, got a tensor; pass [tensor]")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of input batches, got {type(batches).__name__}")
-    norms = _norms(model)
+    norms = norms_with_statistics(model)
     if not norms:
         return model
-    networks = [model] if reference is None else [model, deep_copy(reference)]
-    if reference is not None:
-        _check_same(norms, _norms(reference))
+    if reference is None:
+        with torch.no_grad():
+            (found,) = _measure([model], batches)
+            for name, measured in found.items():
+                _set(norms[name], measured.averages)
+                if (count := norms[name].num_batches_tracked) is not None:
+                    count.fill_(measured.calls)
+        return model
+    kept = norms_with_statistics(reference)
+    _check_same(norms, kept)
     with torch.no_grad():
-        found = _measure(networks, batches)
-        for name, measured in found[0].items():
-            norm, (mean, variance) = norms[name], measured.averages
-            if reference is not None and name in found[1]:
-                dense = running_statistics(_norms(reference)[name])
-                mean, variance = _moved(dense, found[1][name].averages, (mean, variance))
-            for buffer, value in zip(running_statistics(norm), (mean, variance), strict=True):
-                buffer.copy_(value)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.fill_(measured.calls)
+        found, dense = _measure([model, deep_copy(reference)], batches)
+        for name, measured in found.items():
+            if name in dense:
+                change = dense[name].averages, measured.averages
+                _set(norms[name], _moved(running_statistics(kept[name]), *change, kept[name].eps))
     return model
 
 
@@ -92,28 +94,33 @@ def running_statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Those that keep statistics; `track_running_stats` may be set to False later, to freeze them."""
+def norms_with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Those that keep statistics by name; `track_running_stats` may be set to False later, to freeze them."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     return {name: norm for name, norm in found.items() if norm.running_mean is not None and norm.track_running_stats}
 
 
 def _check_same(norms: dict[str, _BatchNorm], others: dict[str, _BatchNorm]) -> None:
     for name, norm in norms.items():
-        expected, got = list(running_statistics(norm)[0].shape), "none"
-        if name in others:
-            got = str(list(running_statistics(others[name])[0].shape))
-        if got != str(expected):
-            raise ValueError(f"reference must have batch norm {name!r} with statistics of {expected}, got {got}")
+        expected = list(running_statistics(norm)[0].shape)
+        got = list(running_statistics(others[name])[0].shape) if name in others else None
+        if got != expected:
+            begin = f"reference must have batch norm {name!r} with statistics of {expected}"
+            raise ValueError(f"{begin}, got {got or 'none'}")
+
+
+def _set(norm: _BatchNorm, statistics: tuple[Tensor, Tensor]) -> None:
+    for buffer, value in zip(running_statistics(norm), statistics, strict=True):
+        buffer.copy_(value)
 
 
 def _moved(
-    dense: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
+    dense: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Running statistics ``dense`` with the change from ``before`` to ``after``, of which a variance may be 0."""
+    """Running statistics ``dense`` and the change from ``before`` to ``after``; eps where the batches vary hardly."""
     mean, variance = (value.to(after[0]) for value in dense)
     grown = variance + after[1] - before[1]
-    shrunk = variance * after[1] / torch.where(before[1] > 0, before[1], 1)
+    shrunk = variance * (after[1] + eps) / (before[1] + eps)
     return mean + after[0] - before[0], torch.where(after[1] > before[1], grown, shrunk)
 
 
@@ -134,15 +141,10 @@ def _measure(networks: list[nn.Module], batches: Iterable[Any]) -> list[dict[str
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[dict[str, _Measured]]:
     """Batch norm normalises by each batch, and its statistics are added up; afterwards ``model`` is as it was."""
-    norms = _norms(model)
+    norms = norms_with_statistics(model)
     momenta = {norm: norm.momentum for norm in norms.values()}
     state = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms.values()}
-    # a mean in half precision would stop moving after some tens of batches
-    wide = {norm: torch.promote_types(running_statistics(norm)[0].dtype, torch.float32) for norm in norms.values()}
-    found = {}
-    for name, norm in norms.items():
-        mean, variance = (torch.zeros_like(buffer, dtype=wide[norm]) for buffer in running_statistics(norm))
-        found[name] = _Measured(mean, variance)
+    found: dict[str, _Measured] = {}
     handles = []
 
     def add_to(measured: _Measured) -> Any:
@@ -155,6 +157,10 @@ def _measuring(model: nn.Module) -> Iterator[dict[str, _Measured]]:
     with evaluating(model):
         try:
             for name, norm in norms.items():
+                # a mean in half precision would stop moving after some tens of batches
+                wide = torch.promote_types(running_statistics(norm)[0].dtype, torch.float32)
+                mean, variance = (torch.zeros_like(buffer, dtype=wide) for buffer in running_statistics(norm))
+                found[name] = _Measured(mean, variance)
                 norm.reset_running_stats()
                 norm.momentum = 1.0  # the buffers hold the statistics of the last batch
                 norm.train()
@@ -171,18 +177,18 @@ def _measuring(model: nn.Module) -> Iterator[dict[str, _Measured]]:
 
 @contextmanager
 def normalising_by_batch(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for batch norm, which normalises by each batch and forgets it."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    state = [(norm, norm.track_running_stats, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    """Evaluation mode, but for batch norm that is not frozen, which normalises by each batch and forgets it."""
+    norms = norms_with_statistics(model).values()
+    state = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
     with evaluating(model):
         try:
             for norm in norms:
                 norm.train()
-                norm.track_running_stats = False  # nothing is written
+                norm.track_running_stats = False  # nothing is written, which inference tensors would refuse
             yield
         finally:
-            for norm, tracked, buffers in state:
-                norm.track_running_stats = tracked
+            for norm, buffers in state.items():
+                norm.track_running_stats = True
                 for buffer, value in zip(norm.buffers(), buffers, strict=True):
-                    if not torch.equal(buffer, value):  # a subclass may write all the same
+                    if not torch.equal(buffer, value):  # by a subclass that writes all the same
                         buffer.copy_(value)

@@ -190,11 +190,17 @@ def _add_compress_options(parser: argparse.ArgumentParser) -> None:
         help="the same on N inputs made from batch norm's statistics: with no data (default: 0; 512 are enough)",
     )
     images.add_argument(
-        "--recalibrate", type=int, default=0, metavar="N", help="recalibrate batch norm on N such images, nothing else"
+        "--recalibrate", type=int, default=0, metavar="N", help="recalibrate batch norm on N images, nothing else"
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides which images (default: %(default)s)")
     parser.add_argument(
-        "--input-shape", type=int, nargs="+", metavar="N", help="of one input without a batch axis, for MACs or time"
+        "--seed", type=int, default=0, help="decides which images, or from which noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--input-shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of one input without a batch axis, for MACs, time or --synthesize",
     )
     parser.add_argument("--no-evaluate", action="store_true", help="measure no accuracy; needs no images")
     parser.add_argument("--output", metavar="FILE", help="write the compressed model; {keep} stands for the share")

@@ -138,8 +138,8 @@ def compress(
         keep: fraction of the model's parameters (or MACs) that may remain, see `plan_ranks`.
         calibration: re-iterable of unlabelled input batches (a tensor, or the tuple or dict of the model's arguments).
             It goes to the planner, then to `smoothk.refit.refit_factors`, and then recalibrates batch norm, with
-            ``model`` as its reference. None:
-            nothing data-dependent runs. `smoothk.synthesize_inputs` makes some where there is no data.
+            ``model`` as its reference. None: nothing data-dependent runs. Where there is no data,
+            `smoothk.synthesize_inputs` makes some.
         likelihood: what the model's outputs are to ``calibration``, logits or values, see `plan_ranks`.
         bias_correction: whether the mean outputs of the low-rank layers are made those of the dense ones, as the batch
             norms of ``model`` tell them; no input is needed (`smoothk.correct_bias`).

@@ -71,10 +71,18 @@ def synthesize_inputs(
     generator = torch.Generator().manual_seed(seed)
     batches = []
     with without_autocast([first]):
-        for part in torch.arange(count).tensor_split(math.ceil(count / batch_size)):
-            start = _noise((len(part), *shape), generator).to(first.device, wide)
+        for size in _sizes(count, batch_size):
+            start = _noise((size, *shape), generator).to(first.device, wide)
             batches.append(_optimized(network, start, steps, lr).to(first.dtype))
+    if not all(batch.isfinite().all() for batch in batches):
+        raise ValueError(f"lr must be small enough for finite inputs in {first.dtype}, got {lr}")
     return batches
+
+
+def _sizes(count: int, batch_size: int) -> list[int]:
+    """Of batches of about the same size; none holds a single input, whose variance would be 0."""
+    batches = min(math.ceil(count / batch_size), count // 2)
+    return [count // batches + (i < count % batches) for i in range(batches)]
 
 
 def _check_arguments(
@@ -102,11 +110,12 @@ def _check_arguments(
         raise ValueError(f"lr must be a positive number, got {lr}")
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model must hold values, got parameters on the meta device")
-    if not _norms(model):
+    if not _trained(model):
         raise ValueError("model must have batch norm with running statistics, got none: calibrate with real inputs")
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
+def _trained(model: nn.Module) -> list[_BatchNorm]:
+    """Batch norms with statistics, frozen ones too."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
@@ -116,7 +125,7 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     axes = list(range(2, len(shape)))
     if math.prod(shape[2:]) == 1:
         return white
-    grids = [torch.fft.fftfreq(n) for n in shape[2:-1]] + [torch.fft.rfftfreq(shape[-1])]
+    grids = [torch.fft.fftfreq(n, device="cpu") for n in shape[2:-1]] + [torch.fft.rfftfreq(shape[-1], device="cpu")]
     frequency = torch.stack(torch.meshgrid(*grids, indexing="ij")).square().sum(0).sqrt()
     frequency.view(-1)[0] = 1 / max(shape[2:])  # of the mean, as of the longest wave
     pink = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) / frequency, s=shape[2:], dim=axes)
@@ -131,12 +140,14 @@ def _optimized(network: nn.Module, start: Tensor, steps: int, lr: float) -> Tens
         for _ in range(steps):
             found.clear()
             try:
-                run(network, x)
+                run(network, x.clone())  # which the model may write to
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever the model raises
-                got = tuple(start.shape[1:])
-                raise ValueError(f"shape must be that of one input of the model, got {got}: {error}") from error
-            if not found:
-                raise ValueError("model must use its batch norms in evaluation mode, but none was called")
+                begin = f"shape must be that of one input of the model, a tensor, got {tuple(start.shape[1:])}"
+                raise ValueError(f"{begin}: {error}") from error
+            if not any(each.requires_grad for each in found):
+                raise ValueError("model must be differentiable, and call its batch norms in evaluation mode")
             loss = torch.stack(found).mean()
             (x.grad,) = torch.autograd.grad(loss, [x])
             optimizer.step()
@@ -149,10 +160,12 @@ def _divergences(network: nn.Module) -> Iterator[list[Tensor]]:
     """A list that gets, at each call of a batch norm, how far its input is from its running statistics."""
     found: list[Tensor] = []
 
-    def hook(norm: _BatchNorm, args: tuple[Tensor, ...]) -> None:
-        found.append(_divergence(args[0], *running_statistics(norm), norm.eps))
+    def hook(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if x.numel():
+            found.append(_divergence(x, *running_statistics(norm), norm.eps))
 
-    handles = [norm.register_forward_pre_hook(hook) for norm in _norms(network)]
+    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in _trained(network)]
     try:
         yield found
     finally:

@@ -213,7 +213,6 @@ def test_bias_correction_is_that_of_compress(invoke: Invoke, trained: Path, tmp_
         (["--calibrate", 9999], "--calibrate must be 0 or 2 to 1438, the number of training images, got 9999"),
         (["--recalibrate", 1], "--recalibrate must be 0 or 2 to 1438"),
         (["--synthesize", 1], "--synthesize must be at least 2, got 1"),
-        (["--synthesize", 8, "--no-evaluate"], "--synthesize needs --input-shape, or images"),
         (["--cost", "latency", "--no-evaluate"], "--cost latency needs --input-shape, or images"),
         (["--input-shape", 1, -8, 8], "--input-shape must hold positive sizes, got [1, -8, 8]"),
         (["--cost", "macs", "--input-shape", 1, 1, 8, 8], "--input-shape must give inputs of the model, got one of"),
@@ -245,6 +244,24 @@ def test_compress_a_model_of_ones_own(invoke: Invoke, tmp_path: Path, monkeypatc
     assert done.code == 0, done.err
     model = smoothk.load(tiny, small)
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * sum(p.numel() for p in tiny().parameters())
+
+
+def with_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30))
+
+
+def test_synthesize_needs_no_images(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    model, dense, small = with_batch_norm(), tmp_path / "dense.safetensors", tmp_path / "small.safetensors"
+    smoothk.save(model, dense)
+    command = ["compress", "--model", "test_cli:with_batch_norm", "--weights", dense, "--keep", 0.7, "--synthesize", 16]
+    done = invoke(*command)
+    assert done.code == 2 and "--synthesize needs --input-shape, or images" in one_line(done.err)
+    done = invoke(*command, "--input-shape", 6, "--seed", 3, "--output", small)
+    assert done.code == 0, done.err
+    inputs = smoothk.synthesize_inputs(model, (6,), 16, seed=3)
+    expected = smoothk.compress(model, 0.7, inputs, likelihood="categorical").model
+    assert_equal_states(smoothk.load(with_batch_norm, small), expected)
 
 
 def test_state_dicts_of_other_programs_are_weights(

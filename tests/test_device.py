@@ -103,6 +103,14 @@ def test_compression_is_that_of_the_cpu(device: str) -> None:
     assert len(table.rows) == sum(isinstance(m, LowRankConv2d | LowRankLinear) for m in here.model.modules())
 
 
+def test_synthetic_inputs_are_made_where_the_model_is(device: str) -> None:
+    model = smoothk.recalibrate_batch_norm(network().eval(), [torch.randn(64, 3, 16, 16)]).to(device)
+    inputs = smoothk.synthesize_inputs(model, (3, 16, 16), count=64, steps=10)
+    assert all(batch.device.type == device for batch in inputs)
+    small = smoothk.compress(model, keep=0.4, calibration=inputs).model
+    assert relative(small(inputs[0]), model(inputs[0]).double()) <= 0.2
+
+
 PENALTIES: dict[str, dict[str, object]] = {
     "first and second order": {"first_order": 0.1, "second_order": 0.05},
     "rows, both axes": {"first_order": 0.1, "norm": "l21", "dim": (0, 1)},

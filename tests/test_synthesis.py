@@ -122,11 +122,51 @@ def test_the_seed_decides_and_the_model_stays_as_it_is() -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(24, [12, 12]), (16, [16]), (33, [11, 11, 11]), (2, [2])])
+@pytest.mark.parametrize(("count", "sizes"), [(24, [12, 12]), (16, [16]), (34, [12, 11, 11]), (2, [2])])
 def test_batches_are_about_as_large(count: int, sizes: list[int]) -> None:
     batches = smoothk.synthesize_inputs(network(), (3, 12, 12), count, batch_size=16, steps=1)
     assert [list(batch.shape) for batch in batches] == [[size, 3, 12, 12] for size in sizes]
     assert not any(batch.requires_grad or batch.is_inference() for batch in batches)
+
+
+def test_no_batch_holds_a_single_input() -> None:
+    batches = smoothk.synthesize_inputs(network(), (3, 12, 12), 3, batch_size=2, steps=1)
+    assert [len(batch) for batch in batches] == [3]
+
+
+class Scaled(nn.Module):
+    """Writes into its input, calls batch norm by keyword, and an expert with nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.expert = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(input=x.sub_(0.5)) + self.expert(x[:0]).sum()
+
+
+def test_a_model_may_write_into_its_input_and_call_batch_norm_in_any_way() -> None:
+    batches = smoothk.synthesize_inputs(Scaled(), (3,), 200, steps=300)
+    x = torch.cat(batches)
+    torch.testing.assert_close(x.mean(0), torch.full((3,), 0.5), rtol=0, atol=0.1)
+    torch.testing.assert_close(x.std(0), torch.ones(3), rtol=0, atol=0.1)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    expected = smoothk.synthesize_inputs(network(), (3, 12, 12), **FEW)
+    model = network()
+    with torch.device("meta"):
+        found = smoothk.synthesize_inputs(model, (3, 12, 12), **FEW)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_want_of_memory_is_said_to_be_that() -> None:
+    class Large(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        smoothk.synthesize_inputs(Large(3), (3,), **FEW)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -167,6 +207,17 @@ def diverged() -> nn.Module:
     return model
 
 
+class Rounded(nn.BatchNorm1d):
+    """Has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().__call__(x)
+
+
 class Stateless(nn.Module):
     """Has a batch norm, which it does not call."""
 
@@ -186,8 +237,9 @@ class Stateless(nn.Module):
         (lambda: nn.BatchNorm1d(3, track_running_stats=False), {}, ValueError, "model must have batch norm with"),
         (lambda: network().to("meta"), {}, ValueError, "model must hold values, got parameters on the meta device"),
         (diverged, {}, ValueError, "4.running_var of the model must be finite, got NaN or Inf"),
-        (Stateless, {"shape": (3,)}, ValueError, "model must use its batch norms in evaluation mode"),
-        (network, {"shape": (4, 12, 12)}, ValueError, r"shape must be that of one input of the model, got \(4, 12, 12"),
+        (Stateless, {"shape": (3,)}, ValueError, "model must be differentiable, and call its batch norms"),
+        (lambda: Rounded(3), {"shape": (3,)}, ValueError, "model must be differentiable, and call its batch norms"),
+        (network, {"shape": (4, 12, 12)}, ValueError, r"shape must be that of one input .*, got \(4, 12, 12\): "),
         (network, {"shape": 12}, TypeError, "shape must be a sequence of ints, got 12"),
         (network, {"shape": (3, 12.0, 12)}, TypeError, "shape must be a sequence of ints"),
         (network, {"shape": ()}, ValueError, r"shape must hold the positive sizes of one input, got \(\)"),
@@ -199,6 +251,7 @@ class Stateless(nn.Module):
         (network, {"seed": 1.0}, TypeError, "seed must be an int, got float"),
         (network, {"lr": "fast"}, TypeError, "lr must be a number, got str"),
         (network, {"lr": 0.0}, ValueError, "lr must be a positive number, got 0.0"),
+        (network, {"lr": 1e30}, ValueError, "lr must be small enough for finite inputs in torch.float32, got 1e"),
         (network, {"lr": float("nan")}, ValueError, "lr must be a positive number, got nan"),
     ],
 )  # fmt: skip
