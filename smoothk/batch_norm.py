@@ -117,7 +117,10 @@ def _set(norm: _BatchNorm, statistics: tuple[Tensor, Tensor]) -> None:
 def _moved(
     dense: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Running statistics ``dense`` and the change from ``before`` to ``after``; eps where the batches vary hardly."""
+    """Running statistics ``dense``, changed as those on the batches from ``before`` to ``after``.
+
+    eps bounds the ratio of variances of channels that are dead on the batches.
+    """
     mean, variance = (value.to(after[0]) for value in dense)
     grown = variance + after[1] - before[1]
     shrunk = variance * (after[1] + eps) / (before[1] + eps)

@@ -190,8 +190,8 @@ def run_compress(args: argparse.Namespace) -> Output:
         raise UsageError(f"--{option} must be at least 0, got {count}")
     if min(args.input_shape or [1]) < 1:
         raise UsageError(f"--input-shape must hold positive sizes, got {args.input_shape}")
-    has_shape = option == "synthesize" and args.input_shape is not None
-    source = _source(args, with_data=not (args.dry_run or args.no_evaluate) or (count > 0 and not has_shape))
+    needs_images = count > 0 and not (option == "synthesize" and args.input_shape)
+    source = _source(args, with_data=needs_images or not (args.dry_run or args.no_evaluate))
     example = source.example(args.input_shape)
     if args.cost != "params" and example is None:
         raise UsageError(f"--cost {args.cost} needs --input-shape, or images")

@@ -110,12 +110,12 @@ def _check_arguments(
         raise ValueError(f"lr must be a positive number, got {lr}")
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model must hold values, got parameters on the meta device")
-    if not _trained(model):
+    if not _batch_norms(model):
         raise ValueError("model must have batch norm with running statistics, got none: calibrate with real inputs")
 
 
-def _trained(model: nn.Module) -> list[_BatchNorm]:
-    """Batch norms with statistics, frozen ones too."""
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Those with statistics, frozen ones too: what they keep is of the training all the same."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
@@ -165,7 +165,7 @@ def _divergences(network: nn.Module) -> Iterator[list[Tensor]]:
         if x.numel():
             found.append(_divergence(x, *running_statistics(norm), norm.eps))
 
-    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in _trained(network)]
+    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in _batch_norms(network)]
     try:
         yield found
     finally:
