@@ -24,7 +24,7 @@ from .copies import deep_copy
 from .layers import Conv
 from .macs import run
 from .outputs import floating_tensors, is_logits
-from .regression import rows
+from .regression import WIDE, rows
 from .svd import full_rank, truncated_factors
 from .transposed import transposed_linear_types
 from .unfolding import unfold
@@ -92,7 +92,8 @@ def output_importance(
 
     Args:
         model: not changed; a copy is differentiated.
-        layers: names of convolutions and linear layers; one that the batches do not reach is left out.
+        layers: names of convolutions and linear layers; one that the batches do not reach is left out, and one with
+            more than `smoothk.regression.WIDE` outputs in a group, as a language model's last.
         batches: inputs; at least one.
         likelihood: of `LIKELIHOODS`, as in `smoothk.plan_ranks`.
 
@@ -122,6 +123,8 @@ def output_importance(
         for (name, _), gradient in zip(reached, gradients, strict=True):
             if gradient is not None:
                 g = rows(copy.get_submodule(name), gradient)
+                if g.shape[1] > WIDE:
+                    continue
                 sums[name] = sums.get(name, 0) + (g @ g.mT).double()
         called.clear()  # also of what activation checkpointing computed once more
     for name, total in sums.items():

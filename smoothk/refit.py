@@ -32,7 +32,7 @@ from .candidates import find_candidates
 from .layers import Conv, _LowRank
 from .macs import run
 from .outputs import not_empty
-from .regression import Fitted, fit, patches, rows
+from .regression import Fitted, fit, patches, reading, rows
 from .transposed import as_linear, transposed_linear_types
 
 _FINE = 1 << 25  # entries of patches that are formed at a time
@@ -40,8 +40,12 @@ _FINE = 1 << 25  # entries of patches that are formed at a time
 
 @dataclass
 class Moments:
-    """Sums over samples, by group, float64: patches ``x`` ``[groups, f]``, dense outputs ``y``, their products."""
+    """Sums over samples, by group, float64: patches ``x`` ``[groups, f]``, dense outputs ``y``, their products.
 
+    Of patches along ``basis`` ``[groups, k, f]``, where there is one, with k in place of f.
+    """
+
+    basis: Tensor | None = None
     count: int = 0
     x: Tensor = field(init=False)
     y: Tensor = field(init=False)
@@ -53,6 +57,8 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """``x`` ``[groups, f, samples]``, ``y`` ``[groups, rows, samples]``."""
+        if self.basis is not None:
+            x = self.basis.to(x.dtype) @ x
         if not self.count:
             groups, columns, zeros = *x.shape[:2], partial(x.new_zeros, dtype=torch.float64)
             self.x, self.xx = zeros(groups, columns), zeros(groups, columns, columns)
@@ -98,6 +104,9 @@ def refit_factors(
     in both models (experts, early exits), and a linear layer whose inputs the two models do not choose alike
     (proposals, random numbers), that shares a parameter with another module, or that cannot be factorised for another
     reason.
+
+    A layer of more than `smoothk.regression.WIDE` inputs, channels times kernel, is fitted in the directions that the
+    weights of the two models read: the covariance of all would take gigabytes.
 
     Args:
         model: the dense model; not changed.
@@ -234,7 +243,7 @@ def _collect(
     batches: Iterable[Any],
 ) -> dict[str, Moments]:
     """The moments of ``pairs``: patches of the compressed model, outputs of the dense one."""
-    found = {name: Moments() for name in pairs}
+    found = {name: Moments(reading(_torch_layer(dense), layer)) for name, (dense, layer) in pairs.items()}
     outputs: dict[str, list[Tensor]] = {}
     calls_left = 0
 

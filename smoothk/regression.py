@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Fitted = _LowRank | nn.Linear
 
 POSITIONS = 32  # taken of each image, at random; neighbours say much the same
+WIDE = 8192  # rows of a Gram matrix of half a gigabyte: wider ones are not formed
 _METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
 _ALIKE = 0.1  # of the importance of outputs
 _CORRELATION = 0.75  # squared, at least, where samples of two models are taken to be the same ones
@@ -73,6 +74,47 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return torch.unravel_index(chosen, tuple(sizes))
 
 
+def reading(dense: Conv | nn.Linear, layer: Fitted) -> Tensor | None:
+    """Orthonormal rows ``[groups, k, f]``, float64: the directions of its inputs that a layer of more than `WIDE` columns
+    is fitted in. They are what both layers read, or where that is too much what ``layer`` does.
+
+    None for a layer that is fitted in all of them; no row where there are too many all the same.
+    """
+    groups = getattr(layer, "groups", 1)
+    read = unfold(dense.weight.detach(), "channel", groups)
+    if read.shape[-1] <= WIDE:
+        return None
+    own = layer.weight.detach().double()[None] if isinstance(layer, nn.Linear) else _maps(layer, _factors(layer)[1])
+    if own.shape[1] > WIDE:
+        return own[:, :0]
+    both = own.shape[1] + read.shape[1] <= WIDE
+    return torch.linalg.qr((torch.cat([read.double(), own], dim=1) if both else own).mT)[0].mT
+
+
+def _factors(layer: _LowRank) -> tuple[Tensor, Tensor]:
+    """``u [groups, rows, rank]`` and ``v [groups, rank, columns]`` as matrices of the scheme's unfolding, float64."""
+    groups, rank = getattr(layer, "groups", 1), layer.rank
+    u, v = layer.u.detach().double(), layer.v.detach().double()
+    if _is_spatial(layer):
+        u = u.squeeze(2).transpose(1, 2)  # [C_out, k_w, rank]
+    return u.reshape(groups, -1, rank), v.reshape(groups, rank, -1)
+
+
+def _maps(layer: _LowRank, v: Tensor) -> Tensor:
+    """From a patch to what ``u`` is multiplied by: the intermediate, in the spatial scheme its k_w columns."""
+    if not _is_spatial(layer):
+        return v
+    (groups, rank), (c_in, k_h, k_w) = v.shape[:2], layer.weight_shape[1:]
+    maps = v.new_zeros(groups, rank, k_w, c_in, k_h, k_w)
+    for j in range(k_w):
+        maps[:, :, j, :, :, j] = v.reshape(groups, rank, c_in, k_h)
+    return maps.reshape(groups, rank * k_w, -1)
+
+
+def _is_spatial(layer: _LowRank) -> bool:
+    return getattr(layer, "scheme", "channel") == "spatial"
+
+
 class Equations(NamedTuple):
     """Normal equations, float64: ``weight @ gram == cross`` where ``weight`` is the least-squares solution."""
 
@@ -120,7 +162,7 @@ def fit(
     batch norm follows (``normalised``). ``importance`` says which errors of the outputs count more, as in
     `smoothk.refit.refit_factors`.
     """
-    if not moments.paired or not moments.count:
+    if not (moments.paired and moments.count and moments.x.numel()):
         return
     x, y = moments.x / moments.count, moments.y / moments.count
     gram, cross = moments.xx / moments.count, moments.yx / moments.count
@@ -130,37 +172,46 @@ def fit(
     about_means = gram - x.unsqueeze(-1) * x.unsqueeze(-2), cross - y.unsqueeze(-1) * x.unsqueeze(-2)
     centred = Equations(*about_means, floor, moments.count)
     variance = (moments.yy / moments.count - y.square().sum(-1)).sum()
-    if isinstance(layer, nn.Linear) and not _corresponds(layer, centred, variance):
+    basis = moments.basis
+    if isinstance(layer, nn.Linear) and not _corresponds(_along(layer.weight[None], basis), centred, variance):
         return
     equations = centred if layer.bias is not None or normalised else Equations(gram, cross, floor, moments.count)
     if isinstance(layer, nn.Linear):
-        weight = _fit_weight(dense, layer, equations, ridge)
+        weight = _fit_weight(dense, layer, equations, ridge, basis)
     else:
-        weight = _fit_factors(_Problem(dense, layer, equations, importance), ridge)
+        weight = _fit_factors(_Problem(dense, layer, equations, importance, basis), ridge)
     if layer.bias is not None:
         layer.bias.copy_((y - (weight @ x.unsqueeze(-1)).squeeze(-1)).reshape(-1))
 
 
-def _corresponds(layer: nn.Linear, centred: Equations, variance: Tensor) -> bool:
-    """Whether what ``layer`` gives as it is goes with the dense outputs; not if the two models chose other samples."""
-    weight = layer.weight.detach().double()[None]
+def _along(weight: Tensor, basis: Tensor | None) -> Tensor:
+    """``weight`` ``[groups, rows, f]``, float64, by its entries along the rows of ``basis``, where there is one."""
+    wide = weight.detach().double()
+    return wide if basis is None else wide @ basis.mT
+
+
+def _corresponds(weight: Tensor, centred: Equations, variance: Tensor) -> bool:
+    """Whether what ``weight`` gives goes with the dense outputs; not if the two models chose other samples."""
     own, both = ((weight @ centred.gram) * weight).sum(), (weight * centred.cross).sum()
     return bool(both > 0 and both.square() >= _CORRELATION * own * variance)
 
 
-def _fit_weight(dense: Conv | nn.Linear, layer: nn.Linear, equations: Equations, ridge: float) -> Tensor:
-    present, start = layer.weight.detach().double()[None], dense.weight.detach().double()[None]
+def _fit_weight(
+    dense: Conv | nn.Linear, layer: nn.Linear, equations: Equations, ridge: float, basis: Tensor | None
+) -> Tensor:
+    present, start = _along(layer.weight[None], basis), _along(dense.weight[None], basis)
     weight = min(present, equations.solution(start, ridge), key=equations.error)  # the first of equals
     if weight is not present:
-        layer.weight.copy_(weight[0])
+        layer.weight.copy_((weight if basis is None else weight @ basis)[0])
     return weight
 
 
 def _fit_factors(problem: _Problem, ridge: float) -> Tensor:
     layer = problem.layer
-    candidates = [problem.present(), problem.refitted(problem.present()), problem.refitted(problem.regressed(ridge))]
+    present = _factors(layer)
+    candidates = [present, problem.refitted(present), *map(problem.refitted, problem.regressed(ridge))]
     u, v = min(candidates, key=problem.error)  # the first of equals
-    if u is not candidates[0][0]:
+    if u is not present[0]:
         lengths = [part.norm(dim=dim).clamp_min(1e-30) for part, dim in ((u, -2), (v, -1))]
         root = (lengths[0] / lengths[1]).sqrt()  # as much in each factor, which narrow dtypes need
         u, v = u / root.unsqueeze(-2), v * root.unsqueeze(-1)
@@ -171,43 +222,44 @@ def _fit_factors(problem: _Problem, ridge: float) -> Tensor:
 
 class _Problem:
     """One layer's least squares; factors are matrices ``u [groups, rows, rank]``, ``v [groups, rank, columns]`` of its
-    scheme's unfolding, float64."""
+    scheme's unfolding, float64. What patches are multiplied by is given along ``basis``, where there is one."""
 
     def __init__(
-        self, dense: Conv | nn.Linear, layer: _LowRank, equations: Equations, importance: Tensor | None = None
+        self,
+        dense: Conv | nn.Linear,
+        layer: _LowRank,
+        equations: Equations,
+        importance: Tensor | None = None,
+        basis: Tensor | None = None,
     ) -> None:
-        self.layer, self.equations = layer, equations
+        self.layer, self.equations, self.basis = layer, equations, basis
         self.shape, self.groups = tuple(dense.weight.shape), getattr(layer, "groups", 1)
-        self.scheme = getattr(layer, "scheme", "channel")
-        self.spatial = self.scheme == "spatial"
-        self.dense = unfold(dense.weight.detach().double(), "channel", self.groups)
+        self.scheme, self.spatial = getattr(layer, "scheme", "channel"), _is_spatial(layer)
+        self.dense = _along(unfold(dense.weight, "channel", self.groups), basis)
         self.importance = None if importance is None else _evened(importance)
 
-    def present(self) -> tuple[Tensor, Tensor]:
-        """The factors that the layer has."""
-        u, v = self.layer.u.detach().double(), self.layer.v.detach().double()
-        if self.spatial:
-            u = u.squeeze(2).transpose(1, 2)  # [C_out, k_w, rank]
-        return u.reshape(self.groups, -1, self.layer.rank), v.reshape(self.groups, self.layer.rank, -1)
-
-    def regressed(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Ridge regression towards the dense weight, projected onto the directions of the largest outputs."""
-        weight, inverse = self.equations.solution(self.dense, ridge), None
+    def regressed(self, ridge: float) -> list[tuple[Tensor, Tensor]]:
+        """Ridge regression towards the dense weight, projected onto the directions of the largest outputs. None in the
+        spatial scheme along a basis, which mixes the kernel's columns."""
+        if self.spatial and self.basis is not None:
+            return []
+        matrix, inverse = self.equations.solution(self.dense, ridge), None
         if self.importance is not None:
             values, vectors = torch.linalg.eigh(self.importance)
             root, inverse = ((vectors * values.unsqueeze(-2).pow(p)) @ vectors.mT for p in (0.5, -0.5))
-            weight = root @ weight
-        matrix = unfold(fold(weight, self.shape, "channel"), self.scheme, self.groups)
+            matrix = root @ matrix
         metric = self.equations.gram
         if self.spatial:
+            matrix = unfold(fold(matrix, self.shape, "channel"), self.scheme, self.groups)
             c_in, k_h, k_w = self.shape[1:]
             split = metric.reshape(self.groups, c_in, k_h, k_w, c_in, k_h, k_w)
             total = total_of(split[:, :, :, j, :, :, j] for j in range(k_w))
             metric = total.reshape(self.groups, c_in * k_h, -1) / k_w
-        outputs = matrix @ self.equations.damped(metric, _METRIC_RIDGE) @ matrix.mT
-        u = torch.linalg.eigh(outputs)[1].flip(-1)[..., : self.layer.rank]
+        u = _main_directions(matrix, self.equations.damped(metric, _METRIC_RIDGE), self.layer.rank)
         v = u.mT @ matrix
-        return u if inverse is None else (inverse @ u.reshape(*inverse.shape[:2], -1)).reshape(u.shape), v
+        if inverse is not None:
+            u = (inverse @ u.reshape(*inverse.shape[:2], -1)).reshape(u.shape)
+        return [(u, v if self.basis is None else v @ self.basis)]
 
     def refitted(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best ``u`` for this ``v``."""
@@ -225,14 +277,7 @@ class _Problem:
         return self.equations.error(self.weight(*factors), self.importance)
 
     def _maps(self, v: Tensor) -> Tensor:
-        """From a patch to what ``u`` is multiplied by: the intermediate, in the spatial scheme its k_w columns."""
-        if not self.spatial:
-            return v
-        c_in, k_h, k_w = self.shape[1:]
-        maps = v.new_zeros(self.groups, self.layer.rank, k_w, c_in, k_h, k_w)
-        for j in range(k_w):
-            maps[:, :, j, :, :, j] = v.reshape(self.groups, self.layer.rank, c_in, k_h)
-        return maps.reshape(self.groups, self.layer.rank * k_w, -1)
+        return _along(_maps(self.layer, v), self.basis)
 
     def _beside_maps(self, u: Tensor) -> Tensor:
         """``u`` as the matrix that is multiplied by `_maps`."""
@@ -240,6 +285,15 @@ class _Problem:
             return u
         split = u.reshape(self.groups, -1, self.shape[3], self.layer.rank)
         return split.transpose(2, 3).reshape(self.groups, split.shape[1], -1)
+
+
+def _main_directions(matrix: Tensor, metric: Tensor, rank: int) -> Tensor:
+    """Those in which ``matrix @ x`` is largest, ``[groups, rows, rank]``, ``metric`` being the mean of ``x xᵀ``."""
+    outside = None
+    if matrix.shape[-2] > matrix.shape[-1]:  # of as many directions as there are columns
+        outside, matrix = torch.linalg.qr(matrix)
+    directions = torch.linalg.eigh(matrix @ metric @ matrix.mT)[1].flip(-1)[..., :rank]
+    return directions if outside is None else outside @ directions
 
 
 def _evened(importance: Tensor) -> Tensor:

@@ -178,6 +178,15 @@ def test_outputs_do_not_depend_on_how_a_model_computes(options: dict) -> None:
     torch.testing.assert_close(alone, expected["b"])
 
 
+def test_very_wide_layers_have_no_importance(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 9)), [torch.randn(50, 5)]
+    expected = output_importance(model, ["0", "1"], batches)
+    monkeypatch.setattr(importance, "WIDE", 8)
+    found = output_importance(model, ["0", "1"], batches)
+    assert found.keys() == {"0"}
+    assert torch.equal(found["0"], expected["0"])
+
+
 def test_layers_without_gradients_have_no_importance() -> None:
     class Frozen(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

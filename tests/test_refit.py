@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from small_models import MODELS, Residual, plain
 from torch import Tensor, nn
 
 import smoothk
-from smoothk import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, regression
+from smoothk import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, refit, regression
 from smoothk.layers import _LowRank
 from smoothk.refit import refit_factors
-from smoothk.regression import patches, rows
+from smoothk.regression import fit, patches, rows
 from smoothk.unfolding import fold, unfold
 
 # every kind of low-rank layer and geometry, and the shape of its input
@@ -71,11 +72,17 @@ def pair(make: Callable[[], _LowRank], dtype: torch.dtype = torch.float64) -> tu
     return dense, type(new).from_conv(dense, new.rank, scheme=new.scheme)
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_one_layer_gets_the_least_squares_solution(all_positions: None, name: str) -> None:
-    """u and the bias against numpy's `lstsq` for the v that came out; in the channel scheme no v is better."""
+def test_one_layer_gets_the_least_squares_solution(
+    all_positions: None, monkeypatch: pytest.MonkeyPatch, name: str, is_wide: bool
+) -> None:
+    """u and the bias against numpy's `lstsq` for the v that came out; in the channel scheme no v is better, and the
+    best reads what the dense layer reads, so that a wide layer gets it as well."""
     make, shape = GEOMETRIES[name]
     dense, small = pair(make)
+    if is_wide:
+        monkeypatch.setattr(regression, "WIDE", small.weight[0].numel() - 1)
     batches = [torch.randn(shape, dtype=torch.float64) @ torch.diag(torch.linspace(2, 0.1, shape[-1]).double()) + 0.5
                for _ in range(40)]  # fmt: skip
     refit_factors(nn.Sequential(dense), nn.Sequential(small), batches, ridge=0)
@@ -96,7 +103,9 @@ def test_one_layer_gets_the_least_squares_solution(all_positions: None, name: st
         wanted = y[group]
         error = float((found - wanted).square().sum())
         assert error == pytest.approx(best, rel=1e-4)
-        if taps == 1:  # reduced-rank regression: the covariance of the outputs beyond the rank
+        if taps == 1 and not (
+            is_wide and name == "linear"
+        ):  # which has more rows than columns; reduced-rank regression: the covariance of the outputs beyond the rank
             centred = wanted - wanted.mean(1, keepdim=True)
             tail = torch.linalg.eigvalsh(centred @ centred.mT)[: -small.rank].sum()
             assert error == pytest.approx(float(tail), rel=1e-2)
@@ -147,16 +156,20 @@ def test_white_inputs_give_the_truncated_svd(scheme: str) -> None:
     eye = torch.eye(54, dtype=torch.float64)[None]
     dense = conv.weight.detach().reshape(1, 8, 54)
     equations = regression.Equations(eye, dense.clone(), torch.zeros(1, 1).double(), 100)
-    u, v = regression._Problem(conv, small, equations).regressed(0.0)
+    ((u, v),) = regression._Problem(conv, small, equations).regressed(0.0)
     expected = small.weight.detach()
     torch.testing.assert_close(fold(u @ v, conv.weight.shape, scheme), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("wide", [8192, 16, 5, 1])
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_a_fit_never_raises_the_error_of_a_layer(all_positions: None, name: str, ridge: float) -> None:
+def test_a_fit_never_raises_the_error_of_a_layer(
+    all_positions: None, monkeypatch: pytest.MonkeyPatch, name: str, ridge: float, wide: int
+) -> None:
     make, shape = GEOMETRIES[name]
     dense, small = pair(make)
+    monkeypatch.setattr(regression, "WIDE", wide)
     batches = [torch.randn(shape, dtype=torch.float64).relu() for _ in range(3)]
 
     def error() -> float:
@@ -289,6 +302,34 @@ def test_the_last_low_rank_layer_may_be_one_that_is_not_fitted() -> None:
     refit_factors(model, small, batches, exclude=["2"])
     assert torch.equal(small[1].weight, model[1].weight)
     assert not torch.equal(small[3].weight, model[3].weight)
+
+
+@pytest.mark.parametrize("wide", [30, 15, 5])
+def test_wide_layers_are_fitted_in_the_directions_that_they_read(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
+    """No Gram matrix of more than ``wide`` rows is formed; a layer without so few directions stays as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 10), nn.ReLU(), nn.Linear(10, 3)).double().eval()
+    ranks = {"0": 8, "2": 6}
+    x = torch.randn(600, 20, dtype=torch.float64) * torch.logspace(0, -1, 20)
+    small = nn.Sequential(*copy.deepcopy(model))
+    for name, rank in ranks.items():
+        small[int(name)] = LowRankLinear.from_linear(model[int(name)], rank)
+    narrow, sizes = copy.deepcopy(small), []
+    monkeypatch.setattr(regression, "WIDE", wide)
+
+    def spy(*args: Any) -> None:
+        sizes.append(args[2].xx.shape[-1])
+        fit(*args)
+
+    monkeypatch.setattr(refit, "fit", spy)
+    refit_factors(model, narrow, [x])
+    assert sizes == {30: [20, 16, 10], 15: [8, 6, 10], 5: [0, 0, 3]}[wide]
+    with torch.no_grad():
+        errors = [float((each(x) - model(x)).square().mean()) for each in (small, narrow)]
+        if wide == 5:
+            assert torch.equal(narrow[:3](x), small[:3](x))
+        else:
+            assert errors[1] < {30: 0.25, 15: 0.5}[wide] * errors[0], errors  # 0.21 where all directions are fitted
 
 
 def test_few_inputs_do_no_harm() -> None:
