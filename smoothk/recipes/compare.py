@@ -11,11 +11,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import smoothk
 from smoothk.layers import _LowRank
@@ -268,7 +269,11 @@ def compare(
     calibration = data.calibration_batches(dataset, count)
     rows = []
     for network in networks:
-        bench = _Bench(network, dataset, calibration)
+        accuracy = partial(measure, dataset=dataset, config=network.config)
+        who = {"network": network.name, "penalty": network.penalty, "seed": network.config.seed}
+        bench = Bench(
+            network.model, accuracy, calibration, data.normalize(dataset.test_images[:1], dataset.normalization), **who
+        )
         for keep in keeps:
             rows += [bench.row(name, keep) for name in methods]
             if progress:
@@ -276,48 +281,63 @@ def compare(
     return Comparison(title, dataset.provenance, count, _shared(networks), stamp(), tuple(rows))
 
 
-class _Bench:
-    """One network and the images to measure it with."""
+class Bench:
+    """One network, what measures it and what it is calibrated with.
 
-    def __init__(self, network: Network, dataset: data.DataSet, calibration: data.CalibrationBatches) -> None:
-        self.network, self.dataset, self.calibration = network, dataset, calibration
+    Args:
+        model: trained, in eval mode; not changed.
+        accuracy: of a model, in %.
+        calibration: unlabelled batches, tensors.
+        example: one input, for counting MACs.
+        network, penalty, seed: fields of `Row`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accuracy: Callable[[nn.Module], float],
+        calibration: Iterable[Tensor],
+        example: Tensor,
+        *,
+        network: str = "plain",
+        penalty: str = "none",
+        seed: int = 0,
+    ) -> None:
+        self.model, self.accuracy, self.calibration, self.example = model, accuracy, calibration, example
         self.prepared: dict[str, Callable[[float], nn.Module]] = {}
-        self.example = data.normalize(dataset.test_images[:1], dataset.normalization)
         self.start = Row(
-            network=network.name,
-            penalty=network.penalty,
-            seed=network.config.seed,
+            network=network,
+            penalty=penalty,
+            seed=seed,
             method="dense",
             keep=1.0,
-            parameters_before=count_parameters(network.model),
-            macs_before=count_macs(network.model, self.example),
-            dense_accuracy=self._accuracy(network.model),
+            parameters_before=count_parameters(model),
+            macs_before=count_macs(model, example),
+            dense_accuracy=accuracy(model),
         )
 
     def row(self, method: str, keep: float) -> Row:
+        """``method``, a key of `METHODS`, at the size ``keep``; one that it cannot reach is a row with a note."""
         row = replace(self.start, method=method, keep=keep, note=METHODS[method].note)
         try:
             if method not in self.prepared:
-                self.prepared[method] = METHODS[method].prepare(self.network.model, self.calibration)
+                self.prepared[method] = METHODS[method].prepare(self.model, self.calibration)
             started = time.perf_counter()
             model = self.prepared[method](keep)
         except ValueError as error:
             return replace(row, note=str(error))
         seconds = time.perf_counter() - started
-        accuracy = self._accuracy(model)
+        accuracy = self.accuracy(model)
         smoothk.recalibrate_batch_norm(model, self.calibration)
         return replace(
             row,
             parameters=METHODS[method].count(model),
             macs=count_macs(model, self.example),
             accuracy=accuracy,
-            accuracy_recalibrated=self._accuracy(model),
+            accuracy_recalibrated=self.accuracy(model),
             seconds=round(seconds, 3),
             ranks=_ranks(model),
         )
-
-    def _accuracy(self, model: nn.Module) -> float:
-        return measure(model, self.dataset, self.network.config)
 
 
 def _ranks(model: nn.Module) -> dict[str, list[Any]] | None:

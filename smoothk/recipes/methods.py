@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import smoothk
 from smoothk.importance import output_importance
 from smoothk.outputs import first_batches
-from smoothk.recipes import data
 from smoothk.recipes.baselines import balf, folding, pruning
 from smoothk.refit import refit_factors
 
@@ -35,7 +34,7 @@ class Method:
     """
 
     label: str
-    prepare: Callable[[nn.Module, data.CalibrationBatches], Callable[[float], nn.Module]]
+    prepare: Callable[[nn.Module, Iterable[Tensor]], Callable[[float], nn.Module]]
     count: Count
     uses_images: bool = False
     needs: str | None = None
@@ -72,7 +71,7 @@ def _calibrated(model: nn.Module, batches: Iterable[Tensor]) -> Callable[[float]
     return compress
 
 
-def _without_images(model: nn.Module, batches: data.CalibrationBatches) -> Callable[[float], nn.Module]:
+def _without_images(model: nn.Module, batches: Iterable[Tensor]) -> Callable[[float], nn.Module]:
     shape = next(iter(batches)).shape[1:]  # and nothing else of them
     return _calibrated(model, smoothk.synthesize_inputs(model, shape))
 
