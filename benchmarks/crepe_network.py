@@ -21,8 +21,8 @@ from torch import Tensor, nn
 RATE = 16_000  # Hz
 FRAME = 1024  # samples that the network sees
 BINS, CENTS_PER_BIN, LOWEST = 360, 20.0, 1997.3794084376191  # outputs; the first one's pitch, in cents above 10 Hz
-# General MIDI: pianos, vibraphone and marimba, guitars, basses, solo strings, solo brass, reeds, pipes. Left out:
-# what sounds several octaves at once or no certain pitch, as organs, bells, ensembles, synthesizers and drums.
+# General MIDI: pianos, vibraphone and marimba, guitars, basses, strings, brass, reeds, pipes. Left out: what sounds
+# several octaves at once or no certain pitch, as organs, bells, ensembles, synthesizers and drums.
 PROGRAMS = (*range(8), 11, 12, *range(24, 31), *range(32, 38), *range(40, 47), *range(56, 61), *range(64, 78))
 KEYS = (36, 84)  # C2 to C6
 
@@ -112,8 +112,8 @@ def cents_of(frequency: float) -> float:
 def pitch(model: nn.Module, frames: Tensor, batch_size: int = 32) -> Tensor:
     """Cents above 10 Hz, ``[N]``: the mean of the nine bins about the largest output, weighted by the outputs."""
     outputs = torch.cat([model(batch) for batch in frames.split(batch_size)]).sigmoid()
-    bins = (outputs.argmax(1, keepdim=True) + torch.arange(-4, 5)).clamp(0, BINS - 1)
-    weights = outputs.gather(1, bins)
+    bins = outputs.argmax(1, keepdim=True) + torch.arange(-4, 5)
+    weights = outputs.gather(1, bins.clamp(0, BINS - 1)) * (bins.clamp(0, BINS - 1) == bins)
     return (weights * (LOWEST + CENTS_PER_BIN * bins)).sum(1) / weights.sum(1)
 
 

@@ -111,6 +111,7 @@ FLOOR_NOTE = (
 TABLES: dict[str, Callable[[], str]] = {
     "cifar10-networks": lambda: _networks(read_results(RESULTS / "cifar10-small")),
     "cifar10-methods": lambda: by_method(read_results(RESULTS / "cifar10-small"), "plain").to_markdown(),
+    "crepe": lambda: crepe_report.summary(RESULTS / "crepe"),
     "digits": lambda: _networks(read("digits")),
     "speed-difference": lambda: _speed("difference", speed.difference_table, DIFFERENCE_NOTE),
     "speed-nuclear": lambda: _speed("nuclear", speed.nuclear_table, NUCLEAR_NOTE),

@@ -32,7 +32,7 @@ from .candidates import find_candidates
 from .layers import Conv, _LowRank
 from .macs import run
 from .outputs import not_empty
-from .regression import Fitted, fit, patches, reading, rows
+from .regression import Fitted, can_fit, directions, fit, patches, rows
 from .transposed import as_linear, transposed_linear_types
 
 _FINE = 1 << 25  # entries of patches that are formed at a time
@@ -42,7 +42,7 @@ _FINE = 1 << 25  # entries of patches that are formed at a time
 class Moments:
     """Sums over samples, by group, float64: patches ``x`` ``[groups, f]``, dense outputs ``y``, their products.
 
-    Of patches along ``basis`` ``[groups, k, f]``, where there is one, with k in place of f.
+    Where there is a ``basis`` ``[groups, k, f]``, patches are taken along it, with k in place of f.
     """
 
     basis: Tensor | None = None
@@ -105,8 +105,9 @@ def refit_factors(
     (proposals, random numbers), that shares a parameter with another module, or that cannot be factorised for another
     reason.
 
-    A layer of more than `smoothk.regression.WIDE` inputs, channels times kernel, is fitted in the directions that the
-    weights of the two models read: the covariance of all would take gigabytes.
+    A layer of more than `smoothk.regression.WIDE` inputs, channels times kernel, is fitted in the directions that its
+    dense weight reads, in the spatial scheme in those that its ``v`` does: the covariance of all would take gigabytes.
+    Where even these are too many it keeps what it has.
 
     Args:
         model: the dense model; not changed.
@@ -146,7 +147,7 @@ def refit_factors(
             last = max((i for i, name in enumerate(names) if name in low_rank), default=len(names))
             names = [name for i, name in enumerate(names) if (i > last or name in low_rank) and name not in skipped]
             pairs = {name: (model.get_submodule(name), cast(Fitted, small.get_submodule(name))) for name in names}
-            pairs = {name: pair for name, pair in pairs.items() if not isinstance(pair[0], _LowRank)}
+            pairs = {n: pair for n, pair in pairs.items() if not isinstance(pair[0], _LowRank) and can_fit(pair[1])}
             before = [(p, p.detach().clone()) for _, layer in pairs.values() for p in layer.parameters()]
             for start in range(0, len(pairs), together):
                 part = dict(list(pairs.items())[start : start + together])
@@ -154,6 +155,7 @@ def refit_factors(
                     dense, layer = pairs[name]
                     normalised = name in order.normalised
                     fit(_torch_layer(dense), layer, moments, ridge, normalised, costs.get(name), name)
+                    del moments  # which may be gigabytes, before the next ones are
     except BaseException:
         with torch.no_grad():
             for parameter, value in before:
@@ -243,7 +245,7 @@ def _collect(
     batches: Iterable[Any],
 ) -> dict[str, Moments]:
     """The moments of ``pairs``: patches of the compressed model, outputs of the dense one."""
-    found = {name: Moments(reading(_torch_layer(dense), layer)) for name, (dense, layer) in pairs.items()}
+    found = {name: Moments(directions(_torch_layer(dense), layer)) for name, (dense, layer) in pairs.items()}
     outputs: dict[str, list[Tensor]] = {}
     calls_left = 0
 

@@ -21,6 +21,7 @@ Fitted = _LowRank | nn.Linear
 POSITIONS = 32  # taken of each image, at random; neighbours say much the same
 WIDE = 8192  # rows of a Gram matrix of half a gigabyte: wider ones are not formed
 _METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
+_AMONG = 1e-6  # of a weight, at most, outside of the directions that it is said to read
 _ALIKE = 0.1  # of the importance of outputs
 _CORRELATION = 0.75  # squared, at least, where samples of two models are taken to be the same ones
 
@@ -74,21 +75,51 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return torch.unravel_index(chosen, tuple(sizes))
 
 
-def reading(dense: Conv | nn.Linear, layer: Fitted) -> Tensor | None:
-    """Orthonormal rows ``[groups, k, f]``, float64: the directions of its inputs in which a layer of more than `WIDE`
-    columns is fitted. They are what both layers read, or where that is too much what ``layer`` does.
+def can_fit(layer: Fitted) -> bool:
+    """Whether the least squares of ``layer`` fit into some gigabytes, in all directions of its inputs or in a few."""
+    rows = layer.weight.shape[0] if isinstance(layer, nn.Linear) else _inner_rows(layer)
+    return _columns(layer) <= WIDE or _are_few(rows, _columns(layer))
 
-    None for a layer that is fitted in all of them; no row where there are too many all the same.
+
+def directions(dense: Conv | nn.Linear, layer: Fitted) -> Tensor | None:
+    """Orthonormal rows ``[groups, k, f]``, float64: the directions of its inputs in which a layer of more than `WIDE`
+    columns is fitted; None for another one, which is fitted in all.
+
+    They are what the dense layer reads, and what ``layer`` does where that is not among it. In the spatial scheme,
+    and where the dense layer reads too many, they are what ``layer`` reads alone.
     """
-    groups = getattr(layer, "groups", 1)
-    read = unfold(dense.weight.detach(), "channel", groups)
-    if read.shape[-1] <= WIDE:
+    if _columns(layer) <= WIDE:
         return None
-    own = layer.weight.detach().double()[None] if isinstance(layer, nn.Linear) else _maps(layer, _factors(layer)[1])
-    if own.shape[1] > WIDE:
-        return own[:, :0]
-    both = own.shape[1] + read.shape[1] <= WIDE
-    return torch.linalg.qr((torch.cat([read.double(), own], dim=1) if both else own).mT)[0].mT
+    inner = layer.weight.detach().double()[None] if isinstance(layer, nn.Linear) else _maps(layer, _factors(layer)[1])
+    read = unfold(dense.weight.detach(), "channel", inner.shape[0])
+    is_spatial = not isinstance(layer, nn.Linear) and _is_spatial(layer)
+    if is_spatial or not _are_few(read.shape[1], read.shape[2]):
+        return _orthonormal(inner)
+    basis = _orthonormal(read.double())
+    if (inner - inner @ basis.mT @ basis).norm() <= _AMONG * inner.norm():
+        return basis
+    if not _are_few(read.shape[1] + inner.shape[1], read.shape[2]):
+        return _orthonormal(inner)
+    return _orthonormal(torch.cat([read.double(), inner], dim=1))
+
+
+def _columns(layer: Fitted) -> int:
+    shape = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight_shape
+    return math.prod(shape[1:])
+
+
+def _inner_rows(layer: _LowRank) -> int:
+    """Rows of `_maps`."""
+    return layer.rank * (layer.weight_shape[3] if _is_spatial(layer) else 1)
+
+
+def _are_few(rows: int, columns: int) -> bool:
+    """Whether directions take no more than a gigabyte, and their Gram matrix half of one."""
+    return rows <= WIDE and rows * columns <= 2 * WIDE**2
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    return torch.linalg.qr(rows.mT)[0].mT
 
 
 def _factors(layer: _LowRank) -> tuple[Tensor, Tensor]:
@@ -162,7 +193,7 @@ def fit(
     batch norm follows (``normalised``). ``importance`` says which errors of the outputs count more, as in
     `smoothk.refit.refit_factors`.
     """
-    if not (moments.paired and moments.count and moments.x.numel()):
+    if not moments.paired or not moments.count:
         return
     x, y = moments.x / moments.count, moments.y / moments.count
     gram, cross = moments.xx / moments.count, moments.yx / moments.count
@@ -239,8 +270,8 @@ class _Problem:
         self.importance = None if importance is None else _evened(importance)
 
     def regressed(self, ridge: float) -> list[tuple[Tensor, Tensor]]:
-        """Ridge regression towards the dense weight, projected onto the directions of the largest outputs. None in the
-        spatial scheme along a basis, which mixes the kernel's columns."""
+        """Ridge regression towards the dense weight, projected onto the directions of the largest outputs. Nothing in
+        the spatial scheme along a basis, which mixes the kernel's columns."""
         if self.spatial and self.basis is not None:
             return []
         matrix, inverse = self.equations.solution(self.dense, ridge), None

@@ -72,3 +72,22 @@ def test_what_is_said_of_the_transformer_is_so(tmp_path: Path) -> None:
     for path in (RESULTS / "vit").glob("*.json"):  # the chapter needs nothing but the files
         shutil.copy(path, tmp_path)
     assert "starts 5.8 points below plain" in report.chapter(tmp_path)
+
+
+def test_what_is_said_of_crepe_is_so() -> None:
+    report = module("crepe_report")
+    comparison, latency = report.read(RESULTS / "crepe")
+    rows = {(row.method, row.keep): row for row in comparison.rows}
+    assert comparison.data["notes"] * report.NO_LOSS < 200  # it is less than two notes
+    assert all(rows["svd", keep].drop <= report.NO_LOSS for keep in (0.5, 0.3, 0.2))
+    assert rows["svd", 0.15].drop > report.NO_LOSS
+    for keep in (0.5, 0.3, 0.2, 0.15):  # the best without data
+        others = [row for (method, size), row in rows.items() if size == keep and method != "svd"]
+        assert all(rows["svd", keep].accuracy >= row.accuracy for row in others)
+    times = {(row["method"], row["keep"], row["batch"]): row["milliseconds"]["median"] for row in latency["rows"]}
+    text = report.summary(RESULTS / "crepe")
+    assert f"{times['dense', 1.0, 32] / times['svd', 0.2, 32]:.1f} times less time" in text
+    assert "compress(model, 0.2)`" in text and "L1 weight pruning, finds 95.2 %" in text
+    assert text.endswith("is ahead from 20 % downwards.")
+    for keep in (0.2, 0.15, 0.1):
+        assert rows["l1-weights", keep].accuracy_recalibrated > rows["svd", keep].accuracy_recalibrated

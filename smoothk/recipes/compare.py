@@ -292,7 +292,7 @@ class Bench:
     Args:
         model: trained, in eval mode; not changed.
         accuracy: of a model, in %.
-        calibration: unlabelled batches, tensors.
+        calibration: re-iterable of unlabelled batches, tensors.
         example: one input, for counting MACs.
         network, penalty, seed: fields of `Row`.
     """

@@ -26,7 +26,8 @@ class Method:
 
     Attributes:
         label: name in tables and figures.
-        prepare: ``(model, unlabelled batches) -> (keep -> new model)``; what does not depend on the size is done once.
+        prepare: ``(model, re-iterable of unlabelled batches) -> (keep -> new model)``; what does not depend on the size
+            is done once.
         count: parameters of a compressed model.
         uses_images: the method itself looks at the batches, so that its first column is not data-free.
         needs: a package that is no dependency of smoothk, as it is imported.
