@@ -21,7 +21,7 @@ Fitted = _LowRank | nn.Linear
 POSITIONS = 32  # taken of each image, at random; neighbours say much the same
 WIDE = 8192  # rows of a Gram matrix of half a gigabyte: wider ones are not formed
 _METRIC_RIDGE, _REFIT_RIDGE = 1e-3, 1e-4  # shares of the mean variance of an input
-_AMONG = 1e-6  # of a weight, at most, outside of the directions that it is said to read
+_OUTSIDE = 1e-6  # of a weight's norm, at most: rounding, no direction of its own
 _ALIKE = 0.1  # of the importance of outputs
 _CORRELATION = 0.75  # squared, at least, where samples of two models are taken to be the same ones
 
@@ -77,8 +77,8 @@ def _positions(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def can_fit(layer: Fitted) -> bool:
     """Whether the least squares of ``layer`` fit into some gigabytes, in all directions of its inputs or in a few."""
-    rows = layer.weight.shape[0] if isinstance(layer, nn.Linear) else _inner_rows(layer)
-    return _columns(layer) <= WIDE or _are_few(rows, _columns(layer))
+    count = layer.weight.shape[0] if isinstance(layer, nn.Linear) else _inner_rows(layer)
+    return _columns(layer) <= WIDE or _are_few(count, _columns(layer))
 
 
 def directions(dense: Conv | nn.Linear, layer: Fitted) -> Tensor | None:
@@ -96,7 +96,7 @@ def directions(dense: Conv | nn.Linear, layer: Fitted) -> Tensor | None:
     if is_spatial or not _are_few(read.shape[1], read.shape[2]):
         return _orthonormal(inner)
     basis = _orthonormal(read.double())
-    if (inner - inner @ basis.mT @ basis).norm() <= _AMONG * inner.norm():
+    if (inner - inner @ basis.mT @ basis).norm() <= _OUTSIDE * inner.norm():
         return basis
     if not _are_few(read.shape[1] + inner.shape[1], read.shape[2]):
         return _orthonormal(inner)
@@ -113,13 +113,14 @@ def _inner_rows(layer: _LowRank) -> int:
     return layer.rank * (layer.weight_shape[3] if _is_spatial(layer) else 1)
 
 
-def _are_few(rows: int, columns: int) -> bool:
-    """Whether directions take no more than a gigabyte, and their Gram matrix half of one."""
-    return rows <= WIDE and rows * columns <= 2 * WIDE**2
+def _are_few(count: int, columns: int) -> bool:
+    """Whether so many directions take no more than a gigabyte, and their Gram matrix half of one."""
+    return count <= WIDE and count * columns <= 2 * WIDE**2
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.mT)[0].mT
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Rows that span what the rows of ``vectors`` span."""
+    return torch.linalg.qr(vectors.mT)[0].mT
 
 
 def _factors(layer: _LowRank) -> tuple[Tensor, Tensor]:
@@ -295,23 +296,24 @@ class _Problem:
     def refitted(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best ``u`` for this ``v``."""
         u, v = factors
-        new = self.equations.of(self._maps(v)).solution(self._beside_maps(u), _REFIT_RIDGE)
+        new = self.equations.of(self._maps_along(v)).solution(self._beside_maps(u), _REFIT_RIDGE)
         if self.spatial:
             new = new.reshape(self.groups, -1, self.layer.rank, self.shape[3]).transpose(2, 3)
         return new.reshape(u.shape), v
 
     def weight(self, u: Tensor, v: Tensor) -> Tensor:
         """The product of the factors as ``[groups, C_out/groups, f]``."""
-        return self._beside_maps(u) @ self._maps(v)
+        return self._beside_maps(u) @ self._maps_along(v)
 
     def error(self, factors: tuple[Tensor, Tensor]) -> float:
         return self.equations.error(self.weight(*factors), self.importance)
 
-    def _maps(self, v: Tensor) -> Tensor:
+    def _maps_along(self, v: Tensor) -> Tensor:
+        """`_maps`, by its entries along the basis."""
         return _along(_maps(self.layer, v), self.basis)
 
     def _beside_maps(self, u: Tensor) -> Tensor:
-        """``u`` as the matrix that is multiplied by `_maps`."""
+        """``u`` as the matrix that is multiplied by `_maps_along`."""
         if not self.spatial:
             return u
         split = u.reshape(self.groups, -1, self.shape[3], self.layer.rank)
